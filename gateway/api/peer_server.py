@@ -11,6 +11,7 @@ Methods, none of which is ever forwarded to a third node:
 
     client.call         {"client","generation","method","params"?,"timeout"?,"stale"?}   the client's result or error
     client.notify       {"client","generation","method","params"?,"stale"?}   null, once the client's transport has it
+    peer.fence          {"client"}                                null, once nothing for that client waits any more
     peer.cancel         {"id"}                                    null; the call of that id is forgotten
     peer.has            {"client","generation"}                   whether this node takes clients, and has this session
     peer.close          {"client","generation","code","reason"}   whether it was here; sent once its row is gone
@@ -23,6 +24,10 @@ Methods, none of which is ever forwarded to a third node:
 
 client.call and client.notify reach only the session of that generation: without it, -32001 says that nothing was sent.
 A node without its lease may have lost the client to another node: it answers -32007 unless ``stale`` is true.
+
+The messages of one connection to one client are handled in the order in which they were received: while one waits for a
+claim or a handoff, the later ones wait behind it. So does ``peer.fence``: its response says that all earlier ones were
+written to the client, or have failed.
 
 Each node has one connection to this one: a newer connection closes the older. The responses to refused handshakes are
 in access.py.
@@ -40,7 +45,7 @@ from twisted.internet.defer import CancelledError, Deferred, TimeoutError, succe
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import Interface, implementer
+from zope.interface import Attribute, Interface, implementer
 
 from gateway.api.access import AccessPolicy
 from gateway.api.backend import (
@@ -77,6 +82,7 @@ from gateway.rpc.interface import IDispatcher, IMembership
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.settings import Settings, reserved_files
 from gateway.util.cork import Cork
+from gateway.util.deferred import KeyedLocks
 from gateway.websocket.server import HandshakeRequest, RequestRefusedError
 
 #: how long peer.close waits for a claim in progress, in seconds
@@ -110,6 +116,10 @@ class _CancelParams(msgspec.Struct, gc=False):
     id: Raw
 
 
+class _FenceParams(msgspec.Struct, gc=False):
+    client: str
+
+
 class _SessionParams(msgspec.Struct, gc=False):
     client: str
     generation: Generation
@@ -132,6 +142,7 @@ class _PrefixParams(msgspec.Struct, gc=False):
 
 _decode_call = msgspec.json.Decoder(PeerCallParams).decode
 _decode_cancel = msgspec.json.Decoder(_CancelParams).decode
+_decode_fence = msgspec.json.Decoder(_FenceParams).decode
 _decode_session = msgspec.json.Decoder(_SessionParams).decode
 _decode_close = msgspec.json.Decoder(_CloseParams).decode
 _decode_prefix = msgspec.json.Decoder(_PrefixParams).decode
@@ -144,6 +155,8 @@ decode_fast: Callable[[bytes], FastRequest[PeerCallParams] | None] = make_fast_d
 
 class IPeerConnection(Interface):
     """A peer connection as the methods see it."""
+
+    client_locks: KeyedLocks = Attribute("Held for a client while a message to it waits to be handed over.")
 
     def cancel_request(id: bytes) -> None:
         """Cancel the request with that raw id, if it is in progress. It gets no response."""
@@ -169,6 +182,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         table = {
             "client.call": self._client_call,
             "client.notify": self._client_notify,
+            "peer.fence": self._peer_fence,
             "peer.cancel": self._peer_cancel,
             "peer.has": self._peer_has,
             "peer.close": self._peer_close,
@@ -198,16 +212,20 @@ class PeerMethods(MethodTable[IPeerConnection]):
     def _client_call(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         request = decode_params(_decode_call, params)
         client_params = raw_params(request.params, check_client_id(request.client))
-        return Deferred.fromCoroutine(self._call(request, client_params))
+        return Deferred.fromCoroutine(self._call(connection.client_locks, request, client_params))
 
-    async def _call(self, request: PeerCallParams, params: bytes | None) -> Reply:
+    async def _call(self, locks: KeyedLocks, request: PeerCallParams, params: bytes | None) -> Reply:
         timeout = self._call_timeout if request.timeout is None else min(request.timeout, self._max_call_timeout)
         deadline = self._clock.seconds() + timeout
-        await self._check_deliverable(request, deadline)
-        call = DeferredCall(self._cancel_call)
-        remaining = max(0.0, deadline - self._clock.seconds())
-        if not self.dispatcher.call_session(call, request.key, request.method, params, remaining):
-            raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
+        await locks.acquire(request.client)
+        try:
+            await self._check_deliverable(request, deadline)
+            call = DeferredCall(self._cancel_call)
+            remaining = max(0.0, deadline - self._clock.seconds())
+            if not self.dispatcher.call_session(call, request.key, request.method, params, remaining):
+                raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
+        finally:
+            locks.release(request.client)
         return await call
 
     def _cancel_call(self, call: Any) -> None:
@@ -216,16 +234,35 @@ class PeerMethods(MethodTable[IPeerConnection]):
     def _client_notify(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         request = decode_params(_decode_call, params)
         client_params = raw_params(request.params, check_client_id(request.client))
-        return Deferred.fromCoroutine(self._notify(request, client_params))
+        return Deferred.fromCoroutine(self._notify(connection.client_locks, request, client_params))
 
-    async def _notify(self, request: PeerCallParams, params: bytes | None) -> Reply:
-        await self._check_deliverable(request, self._clock.seconds() + self._call_timeout)
-        if not self.dispatcher.notify_session(request.key, request.method, params):
-            raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
+    async def _notify(self, locks: KeyedLocks, request: PeerCallParams, params: bytes | None) -> Reply:
+        deadline = self._clock.seconds() + self._call_timeout
+        await locks.acquire(request.client)
+        try:
+            await self._check_deliverable(request, deadline)
+            if not self.dispatcher.notify_session(request.key, request.method, params):
+                raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
+        finally:
+            locks.release(request.client)
+        return NULL_REPLY
+
+    def _peer_fence(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        client_id = check_client_id(decode_params(_decode_fence, params).client)
+        locks = connection.client_locks
+        if client_id not in locks.held:
+            return NULL_REPLY
+        return locks.acquire(client_id).addCallback(lambda _: self._fence_passed(locks, client_id))
+
+    def _fence_passed(self, locks: KeyedLocks, client_id: str) -> Reply:
+        locks.release(client_id)
         return NULL_REPLY
 
     async def _check_deliverable(self, request: PeerCallParams, deadline: float) -> None:
         """Wait for a handoff or claim in progress. Raises ``RpcError`` unless the request may be delivered now."""
+        if self._clock.seconds() >= deadline:
+            detail = "the deadline passed while earlier messages to the client waited"
+            raise RpcError(ErrorKind.NODE_UNREACHABLE, request.client, sent=False, detail=detail)
         handoff = self.dispatcher.wait_for_handoff(request.client)
         if handoff is not None:
             # The client is at another node then: -32001 makes the caller look it up again.
@@ -363,6 +400,9 @@ class PeerServerProtocol(BackendProtocol):
         """Start handling requests."""
         #: the requests in ``_in_progress``, by raw id
         self._requests_by_id: dict[bytes, Deferred[Reply] | PeerCall] = {}
+        #: held for a client while a message to it waits
+        self.client_locks = KeyedLocks()
+        self._locked_clients = self.client_locks.held
         super().opened()
 
     def closed(self, code: int) -> None:
@@ -392,11 +432,14 @@ class PeerServerProtocol(BackendProtocol):
     def _dispatch_peer_fast(self, request: FastRequest[PeerCallParams]) -> bool:
         """Do what :meth:`_dispatch_general` does, for a session of this node, while the node has its lease.
 
-        Returns ``False``, having done nothing, if the session is not here or the lease is lost.
+        Returns ``False``, having done nothing, if the session is not here, the lease is lost, or earlier messages to
+        the client wait.
         """
         is_call, id, message, params = request
         assert id is not None
         in_progress = self._in_progress
+        if self._locked_clients and message.client in self._locked_clients:
+            return False
         if not self._methods.may_deliver(message) or len(in_progress) >= self.factory.max_in_progress:
             return False
         try:

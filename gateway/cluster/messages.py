@@ -7,6 +7,7 @@
     <- {"jsonrpc":"2.0","id":U,"error":{…}}                the gateway's error; -32001 and -32007: not delivered
     -> client.notify {"client","generation","method","params"?,"stale"?}     <- null
     -> {"jsonrpc":"2.0","method":"peer.cancel","params":{"id":U}}            the caller has given up that call
+    -> peer.fence {"client"}      <- null, once all earlier messages for that client are written to it, or have failed
     -> peer.has {"client","generation"}                                      <- true or false
     -> peer.close {"client","generation","code","reason"}                    <- true or false
     -> peer.moved {"client","generation","node"}                             <- null
@@ -98,6 +99,11 @@ def encode_call(id: bytes, message: bytes, timeout: float) -> bytes:
         message,
         timeout if timeout > MIN_TIMEOUT else MIN_TIMEOUT,
     )
+
+
+def encode_notify(id: bytes, message: bytes) -> bytes:
+    """Encode a ``client.notify`` request."""
+    return b'{"jsonrpc":"2.0","id":%b,"method":"client.notify","params":%b}}' % (id, message)
 
 
 def encode_request(id: bytes, method: str, params: bytes) -> bytes:

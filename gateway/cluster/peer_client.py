@@ -1,7 +1,7 @@
 """Client of the peers: calls and notifications to their clients, requests to the nodes themselves, and ownership
 notices.
 
-dispatcher    try_call(), notify()                     client.call, client.notify (messages.py)
+dispatcher    try_send(), fence()                      client.call, client.notify, peer.fence (messages.py)
 router        has_client(), has_room()                 peer.has, peer.has_room
               notify_takeover()                        peer.moved
               notify_claim_revoked()                   peer.taken_back
@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import msgspec
-from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -32,8 +32,15 @@ from zope.interface import implementer
 
 from gateway.cluster.auth import PeerAuth, PeerTLS
 from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.features import Feature
 from gateway.cluster.interface import IPeerClient
-from gateway.cluster.messages import encode_call, encode_cancel, encode_message_params, encode_params
+from gateway.cluster.messages import (
+    encode_call,
+    encode_cancel,
+    encode_message_params,
+    encode_notify,
+    encode_params,
+)
 from gateway.cluster.peer_connection import PeerConnection
 from gateway.cluster.peer_pool import MAX_UNSENT, PeerPool
 from gateway.metrics import Metrics
@@ -41,7 +48,7 @@ from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.registry.interface import Assignment, Location, NodeStatus, SessionKey
 from gateway.rpc.errors import NotDeliveredError
 from gateway.rpc.interface import IRemoteNodes
-from gateway.rpc.pending import Call, Reply
+from gateway.rpc.pending import Call
 from gateway.util.backoff import Backoff
 from gateway.util.cork import Cork
 
@@ -126,6 +133,8 @@ class OwnershipOutbox:
 
 #: how much longer than its timeout a call is kept, so that the peer's timeout error arrives, in seconds
 TIMEOUT_GRACE = 0.2
+#: timeout of peer.fence, in seconds: beyond it the connection has long been found dead
+FENCE_TIMEOUT = 60.0
 #: default timeout of requests to a node itself, in seconds
 REQUEST_TIMEOUT = 5.0
 #: timeout of peer.notify_prefix, which is paced to about 10,000 clients per second, in seconds
@@ -229,10 +238,19 @@ class PeerClient:
         connected = self._pool.connect(location.node_id, location.peer_url)
         return connected.addErrback(_convert_unreachable, location.client_id)
 
-    def try_call(
-        self, call: Call, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
+    def try_send(
+        self,
+        call: Call,
+        location: Location,
+        method: str,
+        params: bytes | None,
+        timeout: float,
+        *,
+        is_call: bool = True,
+        stale: bool = False,
     ) -> bool:
-        """Call a client over an open connection to its node; ``False`` if there is none, and nothing was done.
+        """Call or notify a client over an open connection to its node; ``False`` if there is none, and nothing was
+        done.
 
         Besides the errors of the interface, raises ``RpcError`` if the message is too large, or if the node does not
         read its requests (``NODE_UNREACHABLE``, not sent).
@@ -244,34 +262,34 @@ class PeerClient:
         message = encode_message_params(client_id, location.generation, method, params, stale)
         self._pool.check_sendable(connection, client_id, len(message))
         pending = self._pending
-        id = pending.start(call, connection, client_id, timeout + TIMEOUT_GRACE)
+        # A node has its own, shorter timeout of a call.
+        id = pending.start(call, connection, client_id, timeout + TIMEOUT_GRACE if is_call else timeout)
         try:
-            sent = connection.send(encode_call(id, message, timeout))
+            sent = connection.send(encode_call(id, message, timeout) if is_call else encode_notify(id, message))
         except BaseException:
             pending.discard(call)
             raise
         if not sent:
             pending.discard(call)
             return False
-        self._metrics.peer_calls += 1
+        if is_call:
+            self._metrics.peer_calls += 1
         pending.mark_sent(call)
         return True
+
+    def fence(self, location: Location) -> Deferred[None]:
+        connection = self._connections.get(location.node_id)
+        if connection is None or Feature.FENCE not in connection.features:
+            return succeed(None)
+        params = encode_params(client=location.client_id)
+        request = self._pool.request(location.node_id, location.peer_url, "peer.fence", params, FENCE_TIMEOUT)
+        return request.addBoth(lambda _: None)
 
     def cancel(self, call: Call) -> None:
         connection = self._pending.owner_of(call)
         if isinstance(connection, PeerConnection):
             self._pending.discard(call)
             self._pool.send(connection, encode_cancel(call.id))
-
-    def notify(
-        self, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
-    ) -> Deferred[None]:
-        client_id = location.client_id
-        message = encode_message_params(client_id, location.generation, method, params, stale) + b"}"
-        response = self._pool.request(
-            location.node_id, location.peer_url, "client.notify", message, timeout, client_id=client_id
-        )
-        return response.addCallbacks(_check_notified, _convert_unreachable, errbackArgs=(client_id,))
 
     # IPeerClient
 
@@ -390,14 +408,6 @@ def _convert_unreachable(failure: Failure, client_id: str) -> Failure:
     if not failure.check(PeerUnreachableError):
         return failure
     return Failure(RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail=failure.getErrorMessage()))
-
-
-def _check_notified(reply: Reply) -> None:
-    """Raise ``RpcError`` for an error of the client itself, which no response to a notification may contain."""
-    if reply.result is None:
-        raise RpcError(
-            ErrorKind.NODE_UNREACHABLE, sent=True, detail="the client's node responded with an error of a client"
-        )
 
 
 def _decode_bool(result: bytes) -> bool:

@@ -95,6 +95,8 @@ class Dispatcher:
             membership=membership,
             remote_nodes=remote_nodes,
         )
+        #: clients to which earlier messages wait, or are at other nodes: see gateway/rpc/ordering.py
+        self._queues = self._remote.queues
         self._inbound = Inbound(
             sessions,
             upstream,
@@ -158,8 +160,10 @@ class Dispatcher:
         generation = self._sessions.generation(client_id)
         if not generation:
             return self._remote.try_call(call, client_id, method, params, self._clamp_timeout(timeout))
-        return not self._ownership_uncertain() and self._call_local(
-            call, (client_id, generation), method, params, timeout
+        return (
+            client_id not in self._queues
+            and not self._ownership_uncertain()
+            and self._call_local(call, (client_id, generation), method, params, timeout)
         )
 
     def _call_local(
@@ -197,6 +201,7 @@ class Dispatcher:
         generation = self._sessions.generation(client_id)
         return (
             bool(generation)
+            and client_id not in self._queues
             and not self._ownership_uncertain()
             and self._notify_local(client_id, generation, method, params)
         )
@@ -222,6 +227,9 @@ class Dispatcher:
         return self._notify_local(client_id, generation, method, params)
 
     def _notify_local(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
+        if (client_id, generation) in self._local.goaway_sessions:
+            # As for calls: what is sent after goaway follows the client, so that it cannot overtake what waits.
+            return False
         try:
             self._local.validate(client_id, method, params)
             return self._local.notify(client_id, encode_notification(method, params), generation)

@@ -106,23 +106,30 @@ class IRemoteNodes(Interface):
         """Open a connection to the client's node, unless there is one. Fails with ``RpcError`` (``NODE_UNREACHABLE``,
         not sent)."""
 
-    def try_call(
-        call: Call, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
+    def try_send(
+        call: Call,
+        location: Location,
+        method: str,
+        params: bytes | None,
+        timeout: float,
+        *,
+        is_call: bool = True,
+        stale: bool = False,
     ) -> bool:
-        """Call a client through the open connection to its node. Returns ``False`` if there is none; then nothing has
-        been done.
+        """Call or notify a client through the open connection to its node. Returns ``False`` if there is none; then
+        nothing has been done. Messages that are sent one after the other reach the client in that order, as far as they
+        do.
 
-        ``call`` is completed with the client's response, or with ``RpcError``: ``NODE_UNREACHABLE`` (sent) if the node
-        did not answer until the deadline, ``CONNECTION_LOST`` if the connection broke; or ``call.not_delivered()`` is
-        called. ``stale`` makes the node deliver the call even if its lease has expired. Raises ``RpcError``
+        ``call`` is completed with the client's response, or, for a notification, with ``null`` once that node has
+        written it to the client's transport; or with ``RpcError``: ``NODE_UNREACHABLE`` (sent) if the node did not
+        answer until the deadline, ``CONNECTION_LOST`` if the connection broke; or ``call.not_delivered()`` is called.
+        ``stale`` makes the node deliver the message even if its lease has expired. Raises ``RpcError``
         (``TOO_MANY_CALLS``).
         """
 
-    def cancel(call: Call) -> None:
-        """Forget a call, here and at the other node. Does nothing if it is not pending here."""
+    def fence(location: Location) -> Deferred[None]:
+        """Fire when all messages sent to the client's node so far have been written to the client's transport, or have
+        failed or been given back: at once if there is no connection, or if the node cannot tell. Does not fail."""
 
-    def notify(
-        location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
-    ) -> Deferred[None]:
-        """Notify a client through its node, after connecting to it if necessary. Fires when that node has written the
-        message to the client's transport. Fails with ``RpcError`` or ``NotDeliveredError``."""
+    def cancel(call: Call) -> None:
+        """Forget a message, here and at the other node. Does nothing if it is not pending here."""

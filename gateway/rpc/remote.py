@@ -1,8 +1,9 @@
 """Delivery of calls and notifications to clients of other nodes.
 
-    -> IRemoteNodes.try_call(call, location, ...)       at once, if a location is cached and its node is connected
-    -> IRemoteNodes.connect(location), .try_call()      else: after a claim in progress here, and a registry lookup
-    <- call.complete(result)                            or on_not_delivered(call): then the next attempt
+    -> IRemoteNodes.try_send(message, location, ...)    at once, if a location is cached and its node is connected
+    -> IRemoteNodes.connect(location), .try_send()      else: after a claim in progress here, and a registry lookup
+    <- message.complete(result)                         or not_delivered(reason): then the next attempt
+    -> IRemoteNodes.fence(location)                     before messages go elsewhere than those before them
 
 Node of the next attempt, by the reason of the last failure (:class:`RetryPolicy`):
 
@@ -18,6 +19,10 @@ nothing: the node is tried nevertheless. All errors raised here promise that the
 
 All attempts share the one deadline of the message. It is completed once, and its caller is released with that; each
 step checks whether that has happened.
+
+The messages to one client are handed on in the order in which they were sent to this node (rpc/ordering.py), one after
+the other. What an attempt finds out about a client that cannot be reached applies to all messages that waited when it
+began.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Awaitable
 from functools import partial
+from itertools import count
 from typing import Any, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred, TimeoutError
@@ -36,12 +42,14 @@ from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location
-from gateway.rpc.errors import NotDelivered, NotDeliveredError
+from gateway.rpc.errors import NotDelivered
 from gateway.rpc.handoff import HandoffTracker
 from gateway.rpc.interface import IMembership, IRemoteNodes
 from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LocationCache
+from gateway.rpc.ordering import ClientQueue
 from gateway.rpc.pending import Call, PendingCalls, Reply
+from gateway.util.deferred import detached
 
 #: result of a delivered notification
 _NULL_REPLY = Reply(b"null", None)
@@ -51,6 +59,8 @@ GOAWAY_DETAIL = "the client was told to connect to another node"
 
 #: errors after which a client may be connected to another node
 _LOCATION_UNCERTAIN = (ErrorKind.CONNECTION_LOST, ErrorKind.NODE_UNREACHABLE)
+#: errors, not sent, that are the same for all messages to a client
+_CLIENT_UNREACHABLE = (ErrorKind.NOT_CONNECTED, ErrorKind.NODE_UNREACHABLE, ErrorKind.REGISTRY_UNAVAILABLE)
 
 T = TypeVar("T")
 
@@ -127,8 +137,12 @@ class RetryPolicy:
             if cached is not None:
                 return cached, self._locations.registry_unavailable(now)
             fallback = self._locations.get_expired(client_id)
-        elif reason is FailureReason.LEASE_LOST:
-            fallback = last_tried
+        else:
+            newer = self._newer_location(client_id, last_tried, now)
+            if newer is not None:
+                return newer, self._locations.registry_unavailable(now)
+            if reason is FailureReason.LEASE_LOST:
+                fallback = last_tried
         lookup = self._locations.find(client_id, fresh=reason is not None)
         if fallback is not None:
             lookup.addTimeout(min(FALLBACK_TIMEOUT, max(0.0, deadline - now) / 2), self._clock)
@@ -144,6 +158,13 @@ class RetryPolicy:
         if location is None or location.node_id == self._node_id:
             return None, False
         return self._choose(location, last_tried, reason)
+
+    def _newer_location(self, client_id: str, last_tried: Location | None, now: float) -> Location | None:
+        """Return a location that was found for another message since the last attempt of this one."""
+        cached = self._locations.get(client_id, now)
+        if cached is None or last_tried is None or cached.generation <= last_tried.generation:
+            return None
+        return cached
 
     def _choose(
         self, found: Location, last_tried: Location | None, reason: FailureReason | None
@@ -187,26 +208,30 @@ class RemoteCall(Call):
     States, which are not stored but follow from the attributes, and the methods of :class:`RemoteDelivery` that enter
     them:
 
-        SEARCHING   error_kind set     this node keeps the deadline, at which the call fails with that error
+        WAITING     error_kind set     in the client's queue; this node keeps the deadline, at which it fails with that
         AT_NODE     error_kind None    the other node keeps the deadline
         DONE        origin None        completed, cancelled, or taken over by a local call
 
-        new -> SEARCHING        _start
-        new -> AT_NODE          try_call
-        SEARCHING -> AT_NODE    _hand_over_deadline
-        AT_NODE -> SEARCHING    _start_deadline: the attempt has failed
+        new -> WAITING          _enqueue
+        new -> AT_NODE          try_send
+        WAITING -> AT_NODE      _send
+        AT_NODE -> WAITING      _retry: the attempt has failed
         any -> DONE             _release
     """
 
     __slots__ = (
         "deadline",
         "delivery",
+        "epoch",
         "error_kind",
         "failures",
         "location",
         "method",
+        "number",
         "origin",
         "params",
+        "queue",
+        "reason",
         "waiting_for",
     )
 
@@ -215,21 +240,37 @@ class RemoteCall(Call):
     origin: Call | None
     #: the location of the last attempt
     location: Location | None
-    #: the error at the deadline while searching; ``None`` while a node keeps the deadline
+    #: the error at the deadline while it waits; ``None`` while a node keeps the deadline
     error_kind: ErrorKind | None
+    #: its place in the order of all messages
+    number: int
+    #: the client's queue, once it waits or is at a node
+    queue: ClientQueue
+    #: the epoch of the queue in which it was sent to a node
+    epoch: int
+    #: why the last attempt failed
+    reason: FailureReason | None
     #: the step in progress
     waiting_for: Deferred[Any] | None
 
     def __init__(
-        self, delivery: RemoteDelivery, origin: Call, client_id: str, method: str, params: bytes | None, deadline: float
+        self,
+        delivery: RemoteDelivery,
+        origin: Call,
+        number: int,
+        client_id: str,
+        method: str,
+        params: bytes | None,
+        deadline: float,
     ) -> None:
         self.delivery = delivery
+        self.number = number
         self.origin = origin
         self.client_id = client_id
         self.method = method
         self.params = params
         self.deadline = deadline
-        self.location = self.error_kind = self.waiting_for = None
+        self.location = self.error_kind = self.waiting_for = self.reason = None
         self.failures: tuple[FailureReason, ...] = ()
         origin.owner = self
 
@@ -299,7 +340,10 @@ class RemoteDelivery:
         self._clock = clock
         self._seconds = clock.seconds
         self._count = 0
-        #: deadlines of the calls that are searching
+        self._numbers = count(1)
+        #: client_id -> its queue, while messages to it wait or are at a node
+        self.queues: dict[str, ClientQueue] = {}
+        #: deadlines of the messages that wait
         self._deadlines = PendingCalls(clock, max_calls=max_calls, max_per_owner=max_calls)
 
     def __len__(self) -> int:
@@ -308,35 +352,48 @@ class RemoteDelivery:
     # Start and cancel.
 
     def try_call(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> bool:
-        """Call a client of another node, if its location is cached and its node is connected. Returns ``False`` if not;
-        then nothing has been done. Raises ``RpcError``."""
-        remote_nodes = self.remote_nodes
-        if remote_nodes is None:
-            return False
+        """Call a client of another node, if its location is cached, its node is connected, and no earlier message to it
+        waits. Returns ``False`` if not; then nothing has been done. Raises ``RpcError``."""
         now = self._seconds()
-        location = self._locations.get(client_id, now)
+        location = self._location_to_follow(client_id, now)
         if location is None:
             return False
         try:
             self._local.validate(client_id, method, params, SAMPLE_ID)
             self._check_capacity(client_id)
-            remote_call = RemoteCall(self, call, client_id, method, params, now + timeout)
-            remote_call.location = location
-            self._reserve(remote_call)
-            called = False
-            try:
-                called = _try_call(
-                    remote_nodes, remote_call, location, timeout, self._locations.registry_unavailable(now)
-                )
-            finally:
-                if not called and remote_call.origin is not None:
-                    self._release(remote_call)
+            remote_call = RemoteCall(self, call, next(self._numbers), client_id, method, params, now + timeout)
+            called = self._try_send(remote_call, location, now, timeout)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
             self._metrics.calls += 1
             raise self._failures.record_exception(e, client_id) from None
         if called:
             self._metrics.calls += 1
         return called
+
+    def _location_to_follow(self, client_id: str, now: float) -> Location | None:
+        """Return the cached location of a client to which a message may be sent at once, or ``None``."""
+        if self.remote_nodes is None:
+            return None
+        location = self._locations.get(client_id, now)
+        queue = self.queues.get(client_id)
+        if location is not None and queue is not None and (queue.waiting or not queue.may_follow(location)):
+            return None
+        return location
+
+    def _try_send(self, call: RemoteCall, location: Location, now: float, timeout: float) -> bool:
+        """Send a new message to a node, if that is connected. Returns ``False``, and leaves nothing behind, if it is
+        not. Raises ``RpcError``."""
+        remote_nodes = self.remote_nodes
+        assert remote_nodes is not None
+        self._reserve(call)
+        self._put_at_node(call, location)
+        sent = False
+        try:
+            sent = _try_send(remote_nodes, call, location, timeout, self._locations.registry_unavailable(now))
+        finally:
+            if not sent and call.origin is not None:
+                self._release(call)
+        return sent
 
     def call(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> None:
         """Call a client, wherever it is connected; ``call`` will be completed. Raises ``RpcError``."""
@@ -347,7 +404,8 @@ class RemoteDelivery:
         except RpcError as e:
             self._failures.record(e)
             raise
-        self._start(RemoteCall(self, call, client_id, method, params, self._seconds() + timeout))
+        deadline = self._seconds() + timeout
+        self._start(RemoteCall(self, call, next(self._numbers), client_id, method, params, deadline))
 
     def notify(self, client_id: str, method: str, params: bytes | None, timeout: float) -> Deferred[None]:
         """Notify a client, wherever it is connected. Fires when the message was written to its transport. Raises
@@ -355,7 +413,13 @@ class RemoteDelivery:
         self._local.validate(client_id, method, params)
         self._check_capacity(client_id)
         notification = DeferredNotification(self._cancel_notification)
-        self._start(RemoteNotification(self, notification, client_id, method, params, self._seconds() + timeout))
+        now = self._seconds()
+        number = next(self._numbers)
+        message = RemoteNotification(self, notification, number, client_id, method, params, now + timeout)
+        location = self._location_to_follow(client_id, now)
+        if location is None or not self._try_send(message, location, now, timeout):
+            message.origin = notification
+            self._start(message)
         return notification
 
     def cancel(self, call: Any) -> bool:
@@ -364,7 +428,7 @@ class RemoteDelivery:
         if not isinstance(remote_call, RemoteCall):
             return False
         if remote_call.origin is not None:
-            is_at_node = remote_call.is_call and remote_call.error_kind is None
+            is_at_node = remote_call.error_kind is None
             self._release(remote_call)
             if is_at_node and self.remote_nodes is not None:
                 self.remote_nodes.cancel(remote_call)
@@ -379,18 +443,27 @@ class RemoteDelivery:
         """Handle the result of an attempt, or the deadline."""
         if call.origin is None:
             return
-        if isinstance(result, Reply):
-            self._metrics.calls_answered += 1
+        if isinstance(result, Reply) and (call.is_call or result.result is not None):
+            if call.is_call:
+                self._metrics.calls_answered += 1
             self._complete(self._release(call), result)
+        elif isinstance(result, Reply):
+            detail = "the client's node responded to a notification with an error of the client"
+            self._fail(call, RpcError(ErrorKind.NODE_UNREACHABLE, call.client_id, sent=True, detail=detail))
         elif call.error_kind is not None:
-            self._fail(call, RpcError(call.error_kind, call.client_id, sent=False))
+            self._fail(call, RpcError(self._error_kind_of(call), call.client_id, sent=False))
         elif result.kind is ErrorKind.NODE_UNREACHABLE and not result.sent:
             self._retry(call, FailureReason.UNREACHABLE)
         else:
             self._fail(call, result)
 
+    def _error_kind_of(self, call: RemoteCall) -> ErrorKind:
+        """Return the error of a message whose deadline passes while it waits: that of what the first one waits for."""
+        first = call.queue.waiting[0]
+        return first.error_kind or ErrorKind.REGISTRY_UNAVAILABLE
+
     def call_not_delivered(self, call: RemoteCall, reason: NotDelivered) -> None:
-        """Make the next attempt after a node did not deliver a call."""
+        """Make the next attempt after a node did not deliver a message."""
         if call.origin is not None and call.error_kind is None:
             self._retry(call, FailureReason[reason.name])
 
@@ -412,11 +485,34 @@ class RemoteDelivery:
         assert origin is not None
         self._count -= 1
         self._pending.reserve(-1)
-        if call.error_kind is not None:
+        if call.error_kind is None:
+            self._take_from_node(call)
+        else:
             self._deadlines.discard(call)
+            call.queue.remove(call)
         if call.waiting_for is not None:
             call.waiting_for.cancel()
         return origin
+
+    def _put_at_node(self, call: RemoteCall, location: Location) -> None:
+        """Record that a message is sent to a node now."""
+        client_id = call.client_id
+        queue = self.queues.get(client_id)
+        if queue is None:
+            queue = self.queues[client_id] = ClientQueue(client_id)
+        call.queue = queue
+        call.location = location
+        queue.sent(call, location)
+
+    def _take_from_node(self, call: RemoteCall) -> None:
+        queue = call.queue
+        queue.returned(call, missed=False)
+        if queue.is_idle:
+            self._drop(queue)
+
+    def _drop(self, queue: ClientQueue) -> None:
+        if self.queues.get(queue.client_id) is queue:
+            del self.queues[queue.client_id]
 
     def _fail(self, call: RemoteCall, error: RpcError) -> None:
         origin = self._release(call)
@@ -436,53 +532,150 @@ class RemoteDelivery:
 
     def _start(self, call: RemoteCall) -> None:
         self._reserve(call)
-        self._start_deadline(call)
-        Deferred.fromCoroutine(self._deliver(call, None))
+        self._enqueue(call)
+
+    def _enqueue(self, call: RemoteCall) -> None:
+        """Put a message into the client's queue, and keep its deadline here, since no node does."""
+        client_id = call.client_id
+        call.error_kind = ErrorKind.REGISTRY_UNAVAILABLE
+        queue = self.queues.get(client_id)
+        if queue is None:
+            queue = self.queues[client_id] = ClientQueue(client_id)
+        call.queue = queue
+        queue.add(call)
+        self._deadlines.start(call, None, client_id, max(0.0, call.deadline - self._seconds()))
+        self._deadlines.mark_sent(call)
+        if not queue.is_running:
+            queue.is_running = True
+            Deferred.fromCoroutine(self._run(queue))
 
     def _retry(self, call: RemoteCall, reason: FailureReason) -> None:
-        self._start_deadline(call)
-        Deferred.fromCoroutine(self._deliver(call, reason))
-
-    def _start_deadline(self, call: RemoteCall) -> None:
-        """Keep the deadline here, since no node does."""
-        if call.origin is None:
-            raise _EndedError
-        call.error_kind = ErrorKind.REGISTRY_UNAVAILABLE
-        self._deadlines.start(call, None, call.client_id, max(0.0, call.deadline - self._seconds()))
-        self._deadlines.mark_sent(call)
-
-    async def _deliver(self, call: RemoteCall, reason: FailureReason | None) -> None:
-        """Make attempts until a node has the message, or it is completed or cancelled. ``reason`` is why the last
-        attempt failed. Never raises."""
+        """Put a message that a node did not deliver back into the queue, or fail it."""
+        assert call.location is not None
         try:
-            while True:
-                if reason is not None:
-                    assert call.location is not None
-                    self._retry_policy.attempt_failed(call.location, reason, repeated=reason in call.failures)
-                    call.failures += (reason,)
-                if await self._try_local(call):
-                    return
-                if reason is None and (handoff := self._handoffs.wait(call.client_id)) is not None:
-                    await self._wait_for(call, handoff, ErrorKind.NOT_CONNECTED)
-                location, stale = await self._retry_policy.next_location(
-                    call.client_id, call.deadline, call.location, reason, partial(self._wait_for, call)
-                )
-                # The client may have connected here meanwhile.
-                if await self._try_local(call):
-                    return
-                if location is None:
-                    raise self._not_connected_error(call.client_id)
-                call.location = location
-                attempt = self._call_remote if call.is_call else self._notify_remote
-                reason = await attempt(call, location, stale)
-                if reason is None:
-                    return
-        except _EndedError:
+            self._retry_policy.attempt_failed(call.location, reason, repeated=reason in call.failures)
+        except RpcError as e:
+            self._fail(call, e)
             return
-        except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
-            error = self._failures.to_rpc_error(e, call.client_id)
+        call.failures += (reason,)
+        call.reason = reason
+        queue = call.queue
+        queue.returned(call, missed=True)
+        if queue.is_idle:
+            self._drop(queue)
+        self._enqueue(call)
+
+    async def _run(self, queue: ClientQueue) -> None:
+        """Hand on the messages of a queue, one after the other. Never raises."""
+        while queue.waiting:
+            call = queue.waiting[0]
+            last_number = queue.last_number
+            try:
+                await self._attempt(queue, call)
+            except _EndedError:
+                continue
+            except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
+                error = self._failures.to_rpc_error(e, call.client_id)
+                if call.origin is not None:
+                    self._fail(call, error)
+                self._fail_others(queue, error, last_number)
+        queue.is_running = False
+        if queue.is_idle:
+            self._drop(queue)
+
+    def _fail_others(self, queue: ClientQueue, error: RpcError, last_number: int) -> None:
+        """Fail the messages that waited when the attempt began that found the client unreachable: each would find the
+        same."""
+        if error.sent or error.kind not in _CLIENT_UNREACHABLE:
+            return
+        for call in [call for call in queue.waiting if call.number <= last_number]:
             if call.origin is not None:
-                self._fail(call, error)
+                self._fail(call, RpcError(error.kind, call.client_id, sent=False, detail=error.detail))
+
+    async def _attempt(self, queue: ClientQueue, call: RemoteCall) -> None:
+        """Hand on the first message of a queue, or return to begin again, since what is first or known has changed.
+
+        Raises ``RpcError`` if it cannot be delivered."""
+        if queue.was_missed:
+            await self._settle(queue, call)
+            return
+        if await self._try_local(call):
+            return
+        reason = call.reason
+        if reason is None and (handoff := self._handoffs.wait(call.client_id)) is not None:
+            await self._wait_for(call, handoff, ErrorKind.NOT_CONNECTED)
+        location, stale = await self._retry_policy.next_location(
+            call.client_id, call.deadline, call.location, reason, partial(self._wait_for, call)
+        )
+        if queue.waiting[0] is not call:
+            return
+        # The client may have connected here meanwhile.
+        if await self._try_local(call):
+            return
+        if location is None:
+            raise self._not_connected_error(call.client_id)
+        if not queue.may_follow(location):
+            await self._settle(queue, call)
+            return
+        call.location = location
+        remote_nodes = self.remote_nodes
+        try:
+            if remote_nodes is None:
+                raise RpcError(ErrorKind.NODE_UNREACHABLE, call.client_id, sent=False)
+            await self._wait_for(call, remote_nodes.connect(location), ErrorKind.NODE_UNREACHABLE)
+        except RpcError as e:
+            self._attempt_failed(call, _reason_or_raise(e))
+            return
+        if queue.waiting[0] is call and queue.may_follow(location) and not self._send(queue, call, location, stale):
+            # The connection was lost again, or is congested.
+            self._attempt_failed(call, FailureReason.UNREACHABLE)
+
+    def _attempt_failed(self, call: RemoteCall, reason: FailureReason) -> None:
+        """Take note of a failed attempt to hand on a message that waits. Raises ``RpcError`` if there is no other."""
+        assert call.location is not None
+        self._retry_policy.attempt_failed(call.location, reason, repeated=reason in call.failures)
+        call.failures += (reason,)
+        call.reason = reason
+
+    def _send(self, queue: ClientQueue, call: RemoteCall, location: Location, stale: bool) -> bool:
+        """Send the first message of a queue to a node. Returns ``False`` if it still waits. Raises ``RpcError``."""
+        remote_nodes = self.remote_nodes
+        assert remote_nodes is not None
+        time_left = call.deadline - self._seconds()
+        if time_left <= 0:
+            self._fail(call, RpcError(ErrorKind.NODE_UNREACHABLE, call.client_id, sent=False))
+            return True
+        # The other node keeps the deadline from now on.
+        self._deadlines.discard(call)
+        queue.remove(call)
+        call.error_kind = None
+        self._put_at_node(call, location)
+        if _try_send(remote_nodes, call, location, time_left, stale):
+            return True
+        queue.returned(call, missed=False)
+        self._enqueue(call)
+        return False
+
+    async def _settle(self, queue: ClientQueue, call: RemoteCall) -> None:
+        """Wait until no message at a node can be given back any more."""
+        if queue.fence is None:
+            location = queue.location
+            if location is None or self.remote_nodes is None or not queue.unsettled:
+                queue.settled()
+                return
+            epoch = queue.epoch
+
+            def settled(_: object) -> None:
+                if queue.epoch == epoch:
+                    queue.settled()
+                    if queue.is_idle:
+                        self._drop(queue)
+
+            queue.fence = fence = self.remote_nodes.fence(location)
+            fence.addBoth(settled)
+            if fence.called:
+                return
+        await self._wait_for(call, detached(queue.fence), ErrorKind.NODE_UNREACHABLE)
 
     async def _wait_for(self, call: RemoteCall, deferred: Deferred[T], error_kind: ErrorKind | None) -> T:
         """Wait for a Deferred; if the message's deadline comes first, it fails with ``error_kind``."""
@@ -496,14 +689,23 @@ class RemoteDelivery:
                 raise _EndedError
 
     async def _try_local(self, call: RemoteCall) -> bool:
-        """Deliver the message here, if the client has connected to this node; waits for a claim in progress."""
-        sessions = self._local.sessions
+        """Deliver the first message of a queue here, if the client has connected to this node; waits for a claim in
+        progress. Returns ``True`` also if another one is the first by now."""
+        sessions, queue = self._local.sessions, call.queue
         while True:
+            if queue.waiting[0] is not call:
+                return True
             generation = sessions.generation(call.client_id)
             if generation and self._ownership_uncertain() and not await self._is_still_local(call, generation):
                 return False
-            if generation and (self._call_local if call.is_call else self._notify_local)(call, generation):
+            if queue.waiting[0] is not call:
                 return True
+            if generation and (call.client_id, generation) not in self._local.goaway_sessions:
+                if queue.unsettled:
+                    await self._settle(queue, call)
+                    continue
+                if (self._call_local if call.is_call else self._notify_local)(call, generation):
+                    return True
             claim = sessions.claim_in_progress(call.client_id)
             if claim is None:
                 return False
@@ -511,14 +713,21 @@ class RemoteDelivery:
 
     async def _is_still_local(self, call: RemoteCall, generation: int) -> bool:
         """Return whether the registry has no newer claim of a client connected here, or is unavailable."""
+        queue = call.queue
+        if call.number <= queue.owner_checked_up_to:
+            return True
+        last_number = queue.last_number
         lookup = self._locations.find(call.client_id, fresh=True)
         time_left = max(0.0, call.deadline - self._seconds())
         lookup.addTimeout(min(FALLBACK_TIMEOUT, time_left / 2), self._clock)
         try:
             location = await self._wait_for(call, lookup, ErrorKind.REGISTRY_UNAVAILABLE)
         except (RegistryUnavailableError, TimeoutError):
-            return True
-        return location is None or location.generation <= generation
+            location = None
+        if location is not None and location.generation > generation:
+            return False
+        queue.owner_checked_up_to = last_number
+        return True
 
     def _not_connected_error(self, client_id: str) -> RpcError:
         was_sent_goaway = (client_id, self._local.sessions.generation(client_id)) in self._local.goaway_sessions
@@ -548,53 +757,13 @@ class RemoteDelivery:
         self._complete(self._release(call), _NULL_REPLY)
         return True
 
-    async def _call_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
-        remote_nodes = self.remote_nodes
-        if remote_nodes is None:
-            return FailureReason.UNREACHABLE
-        try:
-            await self._wait_for(call, remote_nodes.connect(location), ErrorKind.NODE_UNREACHABLE)
-        except RpcError as e:
-            return _reason_or_raise(e)
-        time_left = self._hand_over_deadline(call)
-        if _try_call(remote_nodes, call, location, time_left, stale):
-            return None
-        # The connection was lost again, or is congested.
-        self._start_deadline(call)
-        return FailureReason.UNREACHABLE
 
-    async def _notify_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
-        remote_nodes = self.remote_nodes
-        if remote_nodes is None:
-            return FailureReason.UNREACHABLE
-        time_left = self._hand_over_deadline(call)
-        notified = remote_nodes.notify(location, call.method, call.params, time_left, stale=stale)
-        try:
-            await self._wait_for(call, notified, None)
-        except NotDeliveredError as e:
-            reason = FailureReason[e.reason.name]
-        except RpcError as e:
-            reason = _reason_or_raise(e)
-        else:
-            self._complete(self._release(call), _NULL_REPLY)
-            return None
-        self._start_deadline(call)
-        return reason
-
-    def _hand_over_deadline(self, call: RemoteCall) -> float:
-        """Leave the deadline to the other node. Returns the seconds that remain."""
-        time_left = call.deadline - self._seconds()
-        if time_left <= 0:
-            raise RpcError(ErrorKind.NODE_UNREACHABLE, call.client_id, sent=False)
-        self._deadlines.discard(call)
-        call.error_kind = None
-        return time_left
-
-
-def _try_call(remote_nodes: IRemoteNodes, call: RemoteCall, location: Location, timeout: float, stale: bool) -> bool:
-    """Call a client through a node, if that is connected. Raises ``RpcError``."""
+def _try_send(remote_nodes: IRemoteNodes, call: RemoteCall, location: Location, timeout: float, stale: bool) -> bool:
+    """Send a message to a node, if that is connected. Raises ``RpcError``."""
     try:
-        return remote_nodes.try_call(call, location, call.method, call.params, timeout, stale=stale)
+        return remote_nodes.try_send(
+            call, location, call.method, call.params, timeout, is_call=call.is_call, stale=stale
+        )
     except RpcError as e:
         _reason_or_raise(e)
         return False

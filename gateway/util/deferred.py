@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.python.failure import Failure
 
 T = TypeVar("T")
@@ -55,3 +57,29 @@ class Observers(Generic[T]):
         # An observer that is about to be fired is no longer in the list.
         if observer in self._observers:
             self._observers.remove(observer)
+
+
+class KeyedLocks:
+    """Locks by key, each first come, first served. A lock takes memory only while it is held."""
+
+    def __init__(self) -> None:
+        #: the keys of the locks that are held, with what waits for each
+        self.held: dict[Hashable, deque[Deferred[None]]] = {}
+
+    def acquire(self, key: Hashable) -> Deferred[None]:
+        """Fire when the lock is held by the caller: at once if it was free. Cancelling it leaves the line."""
+        waiters = self.held.get(key)
+        if waiters is None:
+            self.held[key] = deque()
+            return succeed(None)
+        waiter: Deferred[None] = Deferred(waiters.remove)
+        waiters.append(waiter)
+        return waiter
+
+    def release(self, key: Hashable) -> None:
+        """Pass the lock on to the next in line, if there is one."""
+        waiters = self.held[key]
+        if waiters:
+            waiters.popleft().callback(None)
+        else:
+            del self.held[key]

@@ -1,0 +1,122 @@
+"""Order of the messages to one client that pass through other nodes, or that cannot be sent at once.
+
+A message that can be sent at once is, and leaves no trace here but a number. The others wait in the client's queue, and
+so does every later message to that client: each is handed on, to a session of this node or to another node, before the
+next one is looked at. None waits for a response.
+
+    waiting      messages that are to be handed on, in the order in which they were sent to this node
+    at a node    messages that another node has, and may still give back: "not here", "lease lost", connection lost
+
+A message that is given back returns to its place among those that wait. The messages sent after it to that node may be
+given back as well. So before a message goes anywhere else, the other node is asked to say when it has settled all that
+it was sent for this client (``peer.fence``, api/peer_server.py): until then nothing is handed on. The loss of the
+connection settles them, too.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import TYPE_CHECKING
+
+from twisted.internet.defer import Deferred
+
+from gateway.registry.interface import Location
+
+if TYPE_CHECKING:
+    from gateway.rpc.remote import RemoteCall
+
+
+def _number(call: RemoteCall) -> int:
+    return call.number
+
+
+class ClientQueue:
+    """The messages to one client. It exists only while there are any."""
+
+    __slots__ = (
+        "client_id",
+        "epoch",
+        "fence",
+        "is_running",
+        "last_number",
+        "location",
+        "owner_checked_up_to",
+        "unsettled",
+        "waiting",
+        "was_missed",
+    )
+
+    def __init__(self, client_id: str) -> None:
+        self.client_id = client_id
+        #: the messages to be handed on, the oldest first
+        self.waiting: list[RemoteCall] = []
+        #: number of the newest message so far
+        self.last_number = 0
+        #: whether its messages are being handed on
+        self.is_running = False
+        #: where the messages at a node were sent
+        self.location: Location | None = None
+        #: how many of them have been neither settled nor completed
+        self.unsettled = 0
+        #: counts the fences: only messages of the current epoch are unsettled
+        self.epoch = 0
+        #: whether one of them was given back since the last fence
+        self.was_missed = False
+        #: the fence in progress
+        self.fence: Deferred[None] | None = None
+        #: number of the newest message for which a session of this node is known to own the client
+        self.owner_checked_up_to = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it can be dropped."""
+        return not self.waiting and not self.unsettled and not self.is_running
+
+    def add(self, call: RemoteCall) -> None:
+        """Put a message in its place among those that wait."""
+        if call.number > self.last_number:
+            self.last_number = call.number
+        if not self.waiting or self.waiting[-1].number < call.number:
+            self.waiting.append(call)
+        else:
+            insort(self.waiting, call, key=_number)
+
+    def remove(self, call: RemoteCall) -> None:
+        """Remove a message that waits."""
+        waiting = self.waiting
+        index = 0 if waiting[0] is call else bisect_left(waiting, call.number, key=_number)
+        del waiting[index]
+
+    def may_follow(self, location: Location) -> bool:
+        """Whether a message may be sent to a node without waiting for those that are at a node."""
+        if not self.unsettled:
+            return True
+        current = self.location
+        if current is location:
+            return not self.was_missed
+        return (
+            current is not None
+            and not self.was_missed
+            and (current.node_id, current.generation) == (location.node_id, location.generation)
+        )
+
+    def sent(self, call: RemoteCall, location: Location) -> None:
+        """Record that a message is at a node."""
+        if call.number > self.last_number:
+            self.last_number = call.number
+        self.location = location
+        self.unsettled += 1
+        call.epoch = self.epoch
+
+    def returned(self, call: RemoteCall, *, missed: bool) -> None:
+        """Record that a message is not at a node any more. ``missed``: it was given back."""
+        if call.epoch == self.epoch:
+            self.unsettled -= 1
+            self.was_missed = (self.was_missed or missed) and bool(self.unsettled)
+
+    def settled(self) -> None:
+        """Record that no message at a node can be given back any more."""
+        self.epoch += 1
+        self.unsettled = 0
+        self.was_missed = False
+        self.fence = None
