@@ -38,6 +38,8 @@ class NodeInfo:
     peer_url: str
     #: maximum number of clients
     capacity: int
+    #: version of the program, up to 64 ASCII characters
+    version: str = ""
 
 
 @attrs.frozen
@@ -54,6 +56,8 @@ class NodeStatus:
     state: str
     #: seconds since its last heartbeat, by the database's clock
     heartbeat_age: float
+    #: version of the program; empty if it does not tell
+    version: str = ""
 
 
 @attrs.frozen

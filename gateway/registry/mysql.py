@@ -68,6 +68,9 @@ MAX_BATCH_SIZE = 500
 
 _COLUMNS = "client_id, node, generation, connected_at, address"
 
+#: errors of a statement in a schema file that was carried out before: the column (1060) or key (1061) exists, or is
+#: gone (1091). MySQL has no ADD COLUMN IF NOT EXISTS.
+REPEATED_STATEMENT_ERRORS = frozenset({1060, 1061, 1091})
 
 @attrs.frozen
 class TLSOptions:
@@ -232,6 +235,10 @@ class MySQL:
     lock_clause = " FOR UPDATE"
     queue_priorities: tuple[tuple[Priority, ...], ...] = (
         (Priority.HEARTBEAT,),
+def _is_repetition(error: Exception) -> bool:
+    return isinstance(error, pymysql.MySQLError) and error.args[:1] in [(code,) for code in REPEATED_STATEMENT_ERRORS]
+
+
         (Priority.WRITES,),
         (Priority.WRITES,),
         (Priority.READS,),
@@ -309,17 +316,16 @@ class MySQL:
 
     def _is_schema_current(self, cursor: Any) -> bool:
         try:
-            cursor.execute("SELECT MAX(version) FROM schema_version")
+            return schema_versions.is_current(cursor, "mysql")
         except pymysql.ProgrammingError:
             return False
-        return bool(cursor.fetchone()[0] == schema_versions.load_migrations("mysql")[-1][0])
 
     def _migrate(self, connection: Connection, cursor: Any) -> None:
-        """Bring the schema up to date under a named lock, since the server commits at each CREATE TABLE."""
+        """Bring the schema up to date under a named lock, since the server commits at each CREATE or ALTER TABLE."""
         cursor.execute("SELECT GET_LOCK(CONCAT('wsgateway ', LEFT(MD5(DATABASE()), 32)), ?)", (SCHEMA_TIMEOUT,))
         if cursor.fetchone()[0] != 1:
             raise pymysql.OperationalError(1205, "another node is still bringing the tables up to date")
-        schema_versions.apply(connection, "mysql", self.begin_statement)
+        schema_versions.apply(connection, "mysql", self.begin_statement, _is_repetition)
         cursor.execute("SELECT RELEASE_LOCK(CONCAT('wsgateway ', LEFT(MD5(DATABASE()), 32)))")
 
     def _check_version(self, server_version: str) -> None:

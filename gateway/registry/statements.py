@@ -295,7 +295,7 @@ class Statements:
         cursor.execute("DELETE FROM nodes WHERE node_id = ?", (info.node_id,))
         cursor.execute(
             "INSERT INTO nodes (id, node_id, name, public_url, peer_url, state, clients, capacity, started_at,"
-            " heartbeat_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " heartbeat_at, version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 number,
                 info.node_id,
@@ -309,6 +309,7 @@ class Statements:
                 to_timestamp(now),
             ),
         )
+                info.version,
         return number or int(cursor.lastrowid)
 
     def heartbeat(
@@ -415,7 +416,7 @@ class Statements:
         with closing(connection.cursor()) as cursor:
             now = self._read_clock(cursor)
             cursor.execute(
-                "SELECT node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at FROM nodes"
+                "SELECT node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at, version FROM nodes"
                 " WHERE heartbeat_at > ? ORDER BY id",
                 (self._dialect.to_timestamp(now - self._lease),),
             )
@@ -501,6 +502,6 @@ def _location(row: Sequence[Any]) -> Location:
 
 
 def _status(row: tuple[Any, ...], now: int) -> NodeStatus:
-    node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at = row
+    node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at, version = row
     age = max(0.0, (now - heartbeat_at) / 1e6)
-    return NodeStatus(node_id, name, public_url, peer_url, clients, capacity, state, age)
+    return NodeStatus(node_id, name, public_url, peer_url, clients, capacity, state, age, version)
