@@ -121,7 +121,8 @@ class IRegistry(Interface):
     """The registry.
 
     Each Deferred fails with :class:`~gateway.registry.errors.RegistryUnavailableError` when the database cannot be
-    reached, unless the method documents otherwise. A node's row is valid only while its last heartbeat is within the
+    reached, unless the method documents otherwise; with its subclass ``RegistryRefusedError`` if the database refuses
+    this request and perhaps no other. A node's row is valid only while its last heartbeat is within the
     lease, by the database's clock.
     """
 

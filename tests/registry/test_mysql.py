@@ -18,7 +18,9 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import mysql_driver
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import ClaimPolicy, SessionKey
+from gateway.registry.job_queue import ErrorKind
 from gateway.registry.mysql import (
     RETRYABLE_ERRORS,
     MySQL,
@@ -398,6 +400,29 @@ class ErrorTests(SynchronousTestCase):
             self.assertIn(code, RETRYABLE_ERRORS)
         for code in (1045, 1049, 1062, 1064, 1146, 1406):
             self.assertNotIn(code, RETRYABLE_ERRORS)
+
+    def test_kinds_of_errors(self) -> None:
+        mysql = MySQL(SERVER, bytes, LEASE)
+        for kind, errors in {
+            ErrorKind.RETRYABLE: [pymysql.OperationalError(code, "") for code in (1205, 1213, 1290, 2003)],
+            ErrorKind.CONNECTION_LOST: [
+                pymysql.OperationalError(2006, ""),
+                pymysql.OperationalError(2013, ""),
+                pymysql.InterfaceError(0, ""),
+            ],
+            ErrorKind.UNAVAILABLE: [
+                *(pymysql.OperationalError(code, "") for code in (1021, 1045, 1049, 1142, 1146)),
+                *(ConfigError("registry", "no"), RegistryUnavailableError("not joined"), OSError(), None),
+            ],
+            # A packet, a transaction in a cluster, a statement, its time or memory, a limit of a proxy, a row.
+            ErrorKind.REFUSED: [
+                *(pymysql.OperationalError(code, "") for code in (1153, 1180, 3100, 1390, 3024, 1969, 1041, 1105)),
+                *(pymysql.DataError(1406, ""), pymysql.IntegrityError(1062, ""), pymysql.MySQLError()),
+                *(ValueError(), TypeError(), ZeroDivisionError()),
+            ],
+        }.items():
+            for error in errors:
+                self.assertIs(mysql.classify(error), kind, error)
 
     def test_the_log_text_has_one_line(self) -> None:
         error = pymysql.OperationalError(1205, "Lock wait\ntimeout exceeded")
