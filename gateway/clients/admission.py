@@ -49,7 +49,7 @@ _UNREADY_MESSAGES = {
     "registry": ("this node cannot reach its registry", 2),
 }
 #: seconds
-_REFUSED_RETRY_AFTER = 30
+_REFUSED_RETRY_AFTER = 5
 
 
 #: makes one object for each distinct policy, since most claims have one of a few

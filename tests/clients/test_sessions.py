@@ -331,7 +331,7 @@ class ClaimTest(SynchronousTestCase):
         for error, retry_after in (
             (RegistryUnavailableError("away"), "2"),
             (LeaseLostError("late"), "2"),
-            (RegistryRefusedError("too large"), "30"),
+            (RegistryRefusedError("too large"), "5"),
         ):
             client = self.node.connect("a")
             self.node.registry.claims[-1][2].errback(error)
