@@ -195,7 +195,7 @@ class Node(Service):
         components.authenticator.start()
         await self.registry.open()
         await components.membership.start(
-            NodeInfo(self.node_id, self.name, self.public_url, self.peer_url, self.settings.capacity)
+            NodeInfo(self.node_id, self.name, self.public_url, self.peer_url, self.settings.capacity, __version__)
         )
         await components.node_directory.refresh()
         self.sessions.start()

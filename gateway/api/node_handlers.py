@@ -1,6 +1,7 @@
 """Handlers of HTTP requests about nodes, health and metrics.
 
--> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}],"version":"0.1.0"}
+-> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…,"version":"0.1.0"}],"version":"0.1.0"}
+                                    each node's version, null if it does not tell; and that of this node
 -> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}; that node drains, then exits
 -> POST /v1/rebalance               <- 202 {"nodes":{"<node_id>":250,"<node_id>":0},"failed":{"<node_id>":"why"}}
                                     how many clients each node moves; "failed" only if a node failed
@@ -64,7 +65,7 @@ class NodeHandlers:
         """Handle ``GET /v1/nodes``. A token limited to a prefix may read it too, to subscribe to events at every
         node."""
         request.grant.check("read")
-        nodes = [attrs.asdict(status) for status in await self._registry.nodes()]
+        nodes = [{**attrs.asdict(status), "version": status.version or None} for status in await self._registry.nodes()]
         return json_response(200, {"nodes": nodes, "version": __version__})
 
     async def drain(self, request: HTTPRequest, raw_id: bytes) -> Response:

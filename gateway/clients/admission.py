@@ -25,6 +25,7 @@ from gateway.registry.errors import (
     AssignedElsewhereError,
     ClaimSupersededError,
     OwnedElsewhereError,
+    RegistryRefusedError,
     RegistryUnavailableError,
 )
 from gateway.registry.interface import Claim, ClaimPolicy, IRegistry, Location, SessionKey
@@ -47,6 +48,8 @@ _UNREADY_MESSAGES = {
     "draining": ("this node is going away; another one will take you", 1),
     "registry": ("this node cannot reach its registry", 2),
 }
+#: seconds
+_REFUSED_RETRY_AFTER = 5
 
 
 #: makes one object for each distinct policy, since most claims have one of a few
@@ -211,6 +214,10 @@ class Admission:
         except Exception as e:
             self.claim_finished(session)
             # The claim may have been written after all: then the registry revokes it, and reports when it has.
+            if isinstance(e, RegistryRefusedError):
+                message = "the registry of this node refused this client; the log of the node says why"
+                headers = [retry_after_header(_REFUSED_RETRY_AFTER)]
+                raise RequestRefusedError(503, "registry", message, headers) from None
             if isinstance(e, (RegistryUnavailableError, TimeoutError)):
                 raise self._unready_error("registry") from None
             if isinstance(e, CancelledError) and self._closed:

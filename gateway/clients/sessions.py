@@ -32,7 +32,7 @@ from gateway.clients.table import ParkingOptions, SessionTable
 from gateway.metrics import Metrics
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.jsonrpc import MAX_BAD_MESSAGES
-from gateway.registry.errors import ClaimSupersededError, RegistryUnavailableError
+from gateway.registry.errors import ClaimSupersededError, RegistryRefusedError, RegistryUnavailableError
 from gateway.registry.interface import Claim, IRegistry, SessionKey
 from gateway.settings import Settings
 from gateway.util.log import RateLimitedLogger
@@ -167,8 +167,8 @@ class ClientSessions:
     def reclaim_all(self) -> Deferred[None]:
         """Reclaim all connections, after this node's rows may have been removed.
 
-        Closes clients with a newer claim on another node with 4001. Fails with ``RegistryUnavailableError`` if a
-        reclaim does; then it is to be called again.
+        Closes clients with a newer claim on another node with 4001. A reclaim that the registry refuses is repeated
+        alone. Fails with ``RegistryUnavailableError`` if another reclaim does; then it is to be called again.
         """
         return Deferred.fromCoroutine(self._reclaim_all())
 
@@ -178,12 +178,12 @@ class ClientSessions:
             reclaims = [self._registry.reclaim(info.key, info.address) for info in batch]
             results: list[tuple[bool, Any]] = await DeferredList(reclaims, consumeErrors=True)
             for info, (succeeded, result) in zip(batch, results, strict=True):
-                if not succeeded and result.check(ClaimSupersededError):
+                if not succeeded and result.check(ClaimSupersededError, RegistryRefusedError):
                     self._on_reclaim_failed(result, info)
                 else:
                     self._on_reclaimed(result if succeeded else UNKNOWN_CLAIM, info)
             for succeeded, result in results:
-                if not succeeded and not result.check(ClaimSupersededError):
+                if not succeeded and not result.check(ClaimSupersededError, RegistryRefusedError):
                     result.raiseException()
 
     def _close_replaced(self, client_id: str) -> None:
@@ -225,7 +225,7 @@ class ClientSessions:
             self._on_reclaimed(claim, info)
 
     def _on_reclaim_failed(self, failure: Failure, info: SessionInfo) -> None:
-        # A newer claim of this node itself is about to be opened or revoked.
+        # A newer claim of this node itself is about to be opened or revoked, or the registry refuses this one.
         if not failure.check(ClaimSupersededError):
             self._on_release_failed(failure)
         self._clock.callLater(RECLAIM_RETRY_INTERVAL, self._reclaim, info)

@@ -2,6 +2,7 @@
 
 RegistryError
 ├── RegistryUnavailableError        the database cannot be reached, or did not answer in time
+│   ├── RegistryRefusedError        the database answers, but refused this request
 │   ├── LeaseLostError              the lease of this node has expired
 │   └── LivenessUnknownError        it is too early to tell whether a client's node is alive
 ├── ClaimSupersededError            a newer connection of the client was claimed
@@ -23,6 +24,10 @@ class RegistryUnavailableError(RegistryError):
 
     Whether the operation took effect is unknown, unless the method documents otherwise.
     """
+
+
+class RegistryRefusedError(RegistryUnavailableError):
+    """The database answers, but refused this request: a limit of it or of a proxy, or a value. Others may succeed."""
 
 
 class LeaseLostError(RegistryUnavailableError):

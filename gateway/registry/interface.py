@@ -38,6 +38,8 @@ class NodeInfo:
     peer_url: str
     #: maximum number of clients
     capacity: int
+    #: version of the program, up to 64 ASCII characters
+    version: str = ""
 
 
 @attrs.frozen
@@ -54,6 +56,8 @@ class NodeStatus:
     state: str
     #: seconds since its last heartbeat, by the database's clock
     heartbeat_age: float
+    #: version of the program; empty if it does not tell
+    version: str = ""
 
 
 @attrs.frozen
@@ -117,7 +121,8 @@ class IRegistry(Interface):
     """The registry.
 
     Each Deferred fails with :class:`~gateway.registry.errors.RegistryUnavailableError` when the database cannot be
-    reached, unless the method documents otherwise. A node's row is valid only while its last heartbeat is within the
+    reached, unless the method documents otherwise; with its subclass ``RegistryRefusedError`` if the database refuses
+    this request and perhaps no other. A node's row is valid only while its last heartbeat is within the
     lease, by the database's clock.
     """
 

@@ -9,7 +9,10 @@ The heartbeat always goes first; the other priorities are served round-robin, so
 
 The work of a job is made when the job is started, so a batch takes all requests queued until then. A job that fails
 with a retryable error (such as a lock held by another transaction) is retried for a second or two. Every other failure
-becomes a ``RegistryUnavailableError``; it is counted, and logged at most once every ten seconds.
+becomes a ``RegistryUnavailableError``; it is counted, and logged at most once every ten seconds. If the database is
+there, but refused the work, that is a ``RegistryRefusedError``: less work may succeed. A server or proxy that refuses a
+statement may also close the connection, so a job that can be divided and loses one connection after the other is
+refused as well.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.metrics import Metrics
-from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.errors import RegistryRefusedError, RegistryUnavailableError
 from gateway.util.log import LogLimiter
 
 T = TypeVar("T")
@@ -40,6 +43,8 @@ Work = Callable[[Any], T]
 RETRY_TIMEOUT = 1.0
 #: seconds before the first retry, at most
 INITIAL_BACKOFF = 0.01
+#: connections that a job loses, with the work begun, before the work is considered the cause
+MAX_LOST_CONNECTIONS = 3
 #: seconds between two log lines
 LOG_INTERVAL = 10.0
 
@@ -58,11 +63,24 @@ def bind(function: Callable[..., T], *args: object) -> Work[T]:
     return lambda connection: function(connection, *args)
 
 
+class ErrorKind(enum.Enum):
+    """What an error says about the next try."""
+
+    #: the same work may succeed soon
+    RETRYABLE = enum.auto()
+    #: as ``RETRYABLE``: the connection was lost
+    CONNECTION_LOST = enum.auto()
+    #: the database cannot be used now
+    UNAVAILABLE = enum.auto()
+    #: the database refused this work, or it has a defect; other work may succeed
+    REFUSED = enum.auto()
+
+
 class ErrorClassifier(Protocol):
     """Classify the errors of a database."""
 
-    def retryable(self, error: BaseException | None) -> bool:
-        """Whether the work may succeed at the next try."""
+    def classify(self, error: BaseException | None) -> ErrorKind:
+        """Return the kind of an error."""
 
     def explain(self, error: BaseException | None) -> str:
         """Describe an error in one line for the log, or return an empty text if it is not the database's."""
@@ -84,7 +102,7 @@ class SingleConnectionPool:
     def __init__(self, errors: ErrorClassifier, pool: Any) -> None:
         self._pool = pool
         self._reconnect = False
-        self.retryable = errors.retryable
+        self.classify = errors.classify
         self.explain = errors.explain
         self._connect = pool.connectionFactory
         pool.connectionFactory = _without_frame_locals(self._connection)
@@ -129,9 +147,19 @@ class _Job:
     make_work: Callable[[], Work[Any] | None]
     deferred: Deferred[Any]
     quiet: bool
+    divisible: bool
     work: Work[Any] | None = None
     started_at: float = 0.0
     backoff: float = INITIAL_BACKOFF
+    #: whether the work was begun in this try; set in the thread
+    begun: bool = False
+    lost_connections: int = 0
+
+    def begin(self, connection: Any) -> Any:
+        """Run the work of a divisible job, in the thread."""
+        assert self.work is not None
+        self.begun = True
+        return self.work(connection)
 
 
 class JobQueue:
@@ -154,13 +182,20 @@ class JobQueue:
         self._log_limiter = LogLimiter(clock.seconds, LOG_INTERVAL)
 
     def submit(
-        self, priority: Priority, operation: str, make_work: Callable[[], Work[T] | None], *, quiet: bool = False
+        self,
+        priority: Priority,
+        operation: str,
+        make_work: Callable[[], Work[T] | None],
+        *,
+        quiet: bool = False,
+        divisible: bool = False,
     ) -> Deferred[T | None]:
         """Queue a job. ``make_work`` is called when it is started; it may return ``None`` if there is nothing to do.
 
         Fires with the result of the work. Fails with ``RegistryUnavailableError``, whose ``__cause__`` is the error of
-        the database; it is not logged if ``quiet``. Cancelling the Deferred removes a job that was not started yet; one
-        that is running goes on.
+        the database; it is not logged if ``quiet``. A job is ``divisible`` if the caller can do with less work after
+        ``RegistryRefusedError``. Cancelling the Deferred removes a job that was not started yet; one that is running
+        goes on.
         """
         if self._closed is not None:
             return fail(RegistryUnavailableError("the registry is closed"))
@@ -173,7 +208,7 @@ class JobQueue:
                 job.deferred = Deferred()
                 job.deferred.addErrback(lambda _: None)
 
-        job = _Job(operation, make_work, Deferred(cancel), quiet)
+        job = _Job(operation, make_work, Deferred(cancel), quiet, divisible)
         deferred = job.deferred
         queue.append(job)
         self._run_next()
@@ -199,7 +234,7 @@ class JobQueue:
                 self._succeeded(None, job)
             else:
                 job.started_at = self._clock.seconds()
-                self._run(job, job.work)
+                self._run(job, job.begin if job.divisible else job.work)
 
     def _pop_next(self) -> _Job | None:
         heartbeats = self._queues[Priority.HEARTBEAT]
@@ -214,6 +249,7 @@ class JobQueue:
 
     def _run(self, job: _Job, work: Work[Any]) -> None:
         reconnect, self._reconnect = self._reconnect, False
+        job.begun = False
         deferred = self._executor.run(work, reconnect)
         deferred.addCallbacks(self._succeeded, self._failed, callbackArgs=(job,), errbackArgs=(job, work))
 
@@ -231,7 +267,12 @@ class JobQueue:
     def _failed(self, failure: Failure, job: _Job, work: Work[Any]) -> None:
         error = failure.value
         elapsed = self._clock.seconds() - job.started_at
-        retryable = self._executor.retryable(error)
+        kind = self._executor.classify(error)
+        if kind is ErrorKind.CONNECTION_LOST and job.begun:
+            job.lost_connections += 1
+            if job.lost_connections >= MAX_LOST_CONNECTIONS:
+                kind = ErrorKind.REFUSED
+        retryable = kind in (ErrorKind.RETRYABLE, ErrorKind.CONNECTION_LOST)
         left = self._retry_timeout - elapsed
         if retryable and left > 0:
             # With jitter, so that two transactions that blocked each other do not do so again.
@@ -244,7 +285,8 @@ class JobQueue:
         problem = self._executor.explain(error)
         if not job.quiet:
             self._log_failure(job.operation, problem, failure)
-        unavailable = RegistryUnavailableError(problem or f"internal error in {job.operation}")
+        error_class = RegistryRefusedError if kind is ErrorKind.REFUSED else RegistryUnavailableError
+        unavailable = error_class(problem or f"internal error in {job.operation}")
         unavailable.__cause__ = error
         job.deferred.errback(unavailable)
         self._finish()

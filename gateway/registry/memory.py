@@ -95,7 +95,7 @@ class _MemoryPool(InlinePool):
 
 
 def _raise_unavailable() -> Any:
-    raise sqlite3.OperationalError("made unavailable by a test")
+    raise sqlite3.OperationalError("unable to open the database: made unavailable by a test")
 
 
 class _HoldableJobQueue(JobQueue):
@@ -104,13 +104,21 @@ class _HoldableJobQueue(JobQueue):
     held_submissions: list[Callable[[], object]] | None = None
 
     def submit(
-        self, priority: Priority, operation: str, make_work: Callable[[], Work[T] | None], *, quiet: bool = False
+        self,
+        priority: Priority,
+        operation: str,
+        make_work: Callable[[], Work[T] | None],
+        *,
+        quiet: bool = False,
+        divisible: bool = False,
     ) -> Deferred[T | None]:
         """Queue a job, unless it is a write and writes are held back."""
         if priority is not Priority.WRITES or self.held_submissions is None:
-            return super().submit(priority, operation, make_work, quiet=quiet)
+            return super().submit(priority, operation, make_work, quiet=quiet, divisible=divisible)
         later: Deferred[T | None] = Deferred()
-        self.held_submissions.append(lambda: self.submit(priority, operation, make_work).chainDeferred(later))
+        self.held_submissions.append(
+            lambda: self.submit(priority, operation, make_work, divisible=divisible).chainDeferred(later)
+        )
         return later
 
 

@@ -41,8 +41,9 @@ from zope.interface import implementer
 from gateway.metrics import Metrics
 from gateway.registry import mysql_driver, schema_versions
 from gateway.registry.dialect import ClientRow
+from gateway.registry.errors import RegistryError
 from gateway.registry.interface import IRegistry, OnClaimRevoked, ignore_claim_revoked
-from gateway.registry.job_queue import Priority
+from gateway.registry.job_queue import ErrorKind, Priority
 from gateway.registry.mysql_driver import RECONNECT_ERRORS, Connection
 from gateway.registry.sql import BATCH_DELAY, SQLRegistry
 from gateway.settings import ConfigError
@@ -54,9 +55,22 @@ TLS_PARAMETERS = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_verify")
 #: Errors after which the work may succeed at the next try: a lock held by another transaction (1205, 1213), a
 #: connection that was lost or refused (0: closed), too many connections, and a server that shuts down or is read-only.
 RETRYABLE_ERRORS = frozenset({0, 1040, 1205, 1213, 1317, 2003, 2006, 2013, 2055, 4031}) | RECONNECT_ERRORS
+#: those of the above that say that the connection was lost, perhaps because of what was sent
+LOST_CONNECTION_ERRORS = frozenset({0, 2006, 2013, 2055})
+#: Errors of a database that cannot be used now, by this user or at all: its tables, the user's password and rights, the
+#: disk, limits on connections, and the client's own errors.
+UNAVAILABLE_ERRORS = frozenset(
+    {
+        *(1021, 1044, 1045, 1049, 1054, 1114, 1129, 1130, 1142, 1143, 1146, 1203, 1226, 1227, 1698),
+        *(2000, 2001, 2002, 2005, 2026),
+    }
+)
 #: oldest supported versions
 MIN_MYSQL_VERSION = (8, 0)
 MIN_MARIADB_VERSION = (10, 3)
+#: errors of a statement in a schema file that was carried out before: the column (1060) or key (1061) exists, or is
+#: gone (1091). MySQL has no ADD COLUMN IF NOT EXISTS.
+REPEATED_STATEMENT_ERRORS = frozenset({1060, 1061, 1091})
 #: seconds that a statement waits for a lock
 LOCK_TIMEOUT = 1
 #: seconds that a starting node waits for another one that creates the tables
@@ -221,6 +235,10 @@ def _error_message(error: BaseException) -> str:
     return " ".join(str(message).split()) or "the connection was closed"
 
 
+def _is_repetition(error: Exception) -> bool:
+    return isinstance(error, pymysql.MySQLError) and error.args[:1] in [(code,) for code in REPEATED_STATEMENT_ERRORS]
+
+
 class MySQL:
     """A database of MySQL or MariaDB, as a :class:`~gateway.registry.sql.Database`.
 
@@ -309,17 +327,16 @@ class MySQL:
 
     def _is_schema_current(self, cursor: Any) -> bool:
         try:
-            cursor.execute("SELECT MAX(version) FROM schema_version")
+            return schema_versions.is_current(cursor, "mysql")
         except pymysql.ProgrammingError:
             return False
-        return bool(cursor.fetchone()[0] == schema_versions.load_migrations("mysql")[-1][0])
 
     def _migrate(self, connection: Connection, cursor: Any) -> None:
-        """Bring the schema up to date under a named lock, since the server commits at each CREATE TABLE."""
+        """Bring the schema up to date under a named lock, since the server commits at each CREATE or ALTER TABLE."""
         cursor.execute("SELECT GET_LOCK(CONCAT('wsgateway ', LEFT(MD5(DATABASE()), 32)), ?)", (SCHEMA_TIMEOUT,))
         if cursor.fetchone()[0] != 1:
             raise pymysql.OperationalError(1205, "another node is still bringing the tables up to date")
-        schema_versions.apply(connection, "mysql", self.begin_statement)
+        schema_versions.apply(connection, "mysql", self.begin_statement, _is_repetition)
         cursor.execute("SELECT RELEASE_LOCK(CONCAT('wsgateway ', LEFT(MD5(DATABASE()), 32)))")
 
     def _check_version(self, server_version: str) -> None:
@@ -428,9 +445,18 @@ class MySQL:
 
     # Errors
 
-    def retryable(self, error: BaseException | None) -> bool:
-        """Whether the work may succeed at the next try."""
-        return isinstance(error, pymysql.MySQLError) and bool(error.args) and error.args[0] in RETRYABLE_ERRORS
+    def classify(self, error: BaseException | None) -> ErrorKind:
+        """Return the kind of an error. What is not known to be the state of the database is a refusal: limits have many
+        numbers (1105, 1153, 1180, 1390, 3100 and more)."""
+        if isinstance(error, pymysql.MySQLError):
+            code = error.args[0] if error.args else None
+            if code in LOST_CONNECTION_ERRORS:
+                return ErrorKind.CONNECTION_LOST
+            if code in RETRYABLE_ERRORS:
+                return ErrorKind.RETRYABLE
+            return ErrorKind.UNAVAILABLE if code in UNAVAILABLE_ERRORS else ErrorKind.REFUSED
+        state = isinstance(error, ConfigError | RegistryError | OSError | RuntimeError | MemoryError | None)
+        return ErrorKind.UNAVAILABLE if state else ErrorKind.REFUSED
 
     def explain(self, error: BaseException | None) -> str:
         """Describe an error in one line for the log: :func:`explain`."""

@@ -25,7 +25,8 @@ from zope.interface import implementer
 from gateway.metrics import Metrics
 from gateway.registry.batching import LookupBatcher, SubmitBatch, WriteBatcher
 from gateway.registry.dialect import Dialect
-from gateway.registry.errors import LeaseLostError, RegistryUnavailableError
+from gateway.registry.division import BatchLimit, run_divided
+from gateway.registry.errors import LeaseLostError, RegistryRefusedError, RegistryUnavailableError
 from gateway.registry.interface import (
     ALWAYS_TAKE_OVER,
     Assignment,
@@ -40,7 +41,14 @@ from gateway.registry.interface import (
     ignore_claim_revoked,
 )
 from gateway.registry.job_queue import ErrorClassifier, JobQueue, Priority, SingleConnectionPool, Work, bind
-from gateway.registry.statements import CLIENT_ID_UPPER_BOUND, MAX_CLIENT_ID_LENGTH, LocalNode, Statements
+from gateway.registry.statements import (
+    CLIENT_ID_UPPER_BOUND,
+    MAX_CLIENT_ID_LENGTH,
+    MAX_DEAD_NODES,
+    MAX_REMOVED_ROWS,
+    LocalNode,
+    Statements,
+)
 from gateway.settings import ConfigError
 
 T = TypeVar("T")
@@ -64,7 +72,8 @@ class _ReapScan:
 class Reaper:
     """Remove rows of dead nodes and expired assignments, in segments, so that no statement takes long.
 
-    Each call continues where the last one has ended. ``run`` queues a named job, and fires with its result.
+    Each call continues where the last one has ended. Statements that the database refuses are repeated with fewer rows.
+    ``run`` queues a named job, and fires with its result.
     """
 
     def __init__(
@@ -76,6 +85,22 @@ class Reaper:
         self._scan: _ReapScan | None = None
         #: client_id at which the scan of the assignments continues
         self._purge_from = ""
+        #: rows that one statement removes
+        self._limit = BatchLimit(MAX_REMOVED_ROWS)
+
+    async def _run_limited(self, operation: str, maximum: int, function: Callable[..., Any], *args: object) -> Any:
+        """Run ``function(connection, *args, limit)``, with a limit of up to ``maximum`` that the database accepts."""
+        while True:
+            limit = min(maximum, self._limit.value)
+            try:
+                result = await self._run(operation, bind(function, *args, limit))
+            except RegistryRefusedError:
+                self._limit.refused(limit)
+                if limit == 1:
+                    raise
+            else:
+                self._limit.accepted()
+                return result
 
     async def reap(self, local_node: LocalNode | None, limit: int) -> int:
         """Remove up to ``limit`` client rows of dead nodes. Returns how many: fewer than ``limit`` if there are no
@@ -83,13 +108,14 @@ class Reaper:
         removed = 0
         scan = self._scan
         if scan is None:
-            dead_nodes = await self._run("reap", bind(self._statements.dead_nodes, local_node))
+            dead_nodes = await self._run_limited("reap", MAX_DEAD_NODES, self._statements.dead_nodes, local_node)
             if not dead_nodes:
                 return 0
             scan = self._scan = _ReapScan(dead_nodes)
         while removed < limit:
-            work = bind(self._statements.reap, scan.dead_nodes, scan.first, limit - removed)
-            count, following = await self._run("reap", work)
+            count, following = await self._run_limited(
+                "reap", limit - removed, self._statements.reap, scan.dead_nodes, scan.first
+            )
             removed += count
             self._metrics.reaped += count
             if following is None:
@@ -100,9 +126,19 @@ class Reaper:
 
     async def purge_assignments(self) -> bool:
         """Remove expired assignments from one segment of the table. Returns whether that was the last one."""
-        following: str | None = await self._run("tidy", bind(self._statements.purge_assignments, self._purge_from))
+        following: str | None = await self._run_limited(
+            "tidy", MAX_REMOVED_ROWS, self._statements.purge_assignments, self._purge_from
+        )
         self._purge_from = following or ""
         return following is None
+
+    async def remove_own_clients(self, local_node: LocalNode) -> None:
+        """Remove all client rows of this node, and its own row."""
+        first: str | None = ""
+        while first is not None:
+            first = await self._run_limited(
+                "leave", MAX_REMOVED_ROWS, self._statements.remove_own_clients, local_node, first
+            )
 
 
 class Database(Dialect, ErrorClassifier, Protocol):
@@ -178,7 +214,7 @@ class SQLRegistry:
         self._lease_lost: list[bool] = []
         #: by ``clock``; ``-inf`` if there is no lease
         self._renewed_at = -math.inf
-        self._reaper = Reaper(partial(self._run_job, Priority.MAINTENANCE), self._statements, metrics)
+        self._reaper = Reaper(partial(self._run_job, Priority.MAINTENANCE, divisible=True), self._statements, metrics)
 
     def open(self) -> Deferred[None]:
         """Connect and bring the schema up to date. Fails with ``ConfigError``."""
@@ -208,10 +244,11 @@ class SQLRegistry:
             self._on_claim_revoked,
         )
         self._location_lookups = LookupBatcher(
-            lambda make_work: reads.submit(Priority.READS, "find", make_work), self._statements.find
+            lambda make_work: reads.submit(Priority.READS, "find", make_work, divisible=True), self._statements.find
         )
         self._assignment_lookups = LookupBatcher(
-            lambda make_work: reads.submit(Priority.READS, "placed", make_work), self._statements.assignments
+            lambda make_work: reads.submit(Priority.READS, "placed", make_work, divisible=True),
+            self._statements.assignments,
         )
         try:
             await self._queues[Priority.HEARTBEAT].submit(
@@ -242,10 +279,12 @@ class SQLRegistry:
             pool.close()
         self._renewed_at = -math.inf
 
-    def _run_job(self, priority: Priority, operation: str, work: Work[T]) -> Deferred[T]:
+    def _run_job(self, priority: Priority, operation: str, work: Work[T], *, divisible: bool = False) -> Deferred[T]:
         if priority not in self._queues:
             return fail(RegistryUnavailableError("the registry is not open"))
-        return cast("Deferred[T]", self._queues[priority].submit(priority, operation, lambda: work))
+        return cast(
+            "Deferred[T]", self._queues[priority].submit(priority, operation, lambda: work, divisible=divisible)
+        )
 
     def _require_joined(self) -> LocalNode:
         if self._local_node is None:
@@ -312,10 +351,7 @@ class SQLRegistry:
         if local_node is None:
             return
         await self._run_job(Priority.HEARTBEAT, "leave", bind(self._statements.expire_lease, local_node))
-        first: str | None = ""
-        while first is not None:
-            work = bind(self._statements.remove_own_clients, local_node, first)
-            first = await self._run_job(Priority.MAINTENANCE, "leave", work)
+        await self._reaper.remove_own_clients(local_node)
 
     def claim(self, client_id: str, address: str, policy: ClaimPolicy = ALWAYS_TAKE_OVER) -> Deferred[Claim]:
         """Make this node the owner of a client's connection, if the policy allows it."""
@@ -355,7 +391,13 @@ class SQLRegistry:
         valid = sorted({client_id for client_id in client_ids if _is_valid_client_id(client_id)})
         if not valid:
             return succeed([])
-        return self._run_job(Priority.MAINTENANCE, "place", bind(self._statements.assign, valid, node_id, binding))
+
+        def assign(part: list[str]) -> Deferred[list[str]]:
+            return self._run_job(
+                Priority.MAINTENANCE, "place", bind(self._statements.assign, part, node_id, binding), divisible=True
+            )
+
+        return Deferred.fromCoroutine(run_divided(valid, assign))
 
     def assignment(self, client_id: str) -> Deferred[Assignment | None]:
         """Look up a client's assignment, or fire with ``None``."""
@@ -398,7 +440,7 @@ class SQLRegistry:
 
 
 def _batch_submitter(queue: JobQueue) -> SubmitBatch:
-    return lambda make_work: queue.submit(Priority.WRITES, "batch", make_work)
+    return lambda make_work: queue.submit(Priority.WRITES, "batch", make_work, divisible=True)
 
 
 def _is_valid_client_id(client_id: str) -> bool:

@@ -20,13 +20,19 @@ from gateway.metrics import Metrics
 from gateway.registry import schema_versions
 from gateway.registry.batching import MAX_BATCH_SIZE
 from gateway.registry.dialect import ClientRow
+from gateway.registry.errors import RegistryError
 from gateway.registry.interface import IRegistry, OnClaimRevoked, ignore_claim_revoked
-from gateway.registry.job_queue import Priority
+from gateway.registry.job_queue import ErrorKind, Priority
 from gateway.registry.sql import BATCH_DELAY, SQLRegistry
 from gateway.settings import ConfigError
 
 #: seconds to wait for the lock of another process
 BUSY_TIMEOUT = 5
+
+#: in the texts of errors of a file that cannot be used now: Python before 3.11 does not tell SQLite's error code
+_UNAVAILABLE_TEXTS = (
+    *("disk", "full", "readonly", "unable to open", "not a database", "malformed", "permission", "closed", "no such"),
+)
 
 _PRAGMAS = (
     f"busy_timeout = {BUSY_TIMEOUT * 1000}",
@@ -151,9 +157,15 @@ class SQLite:
         except (sqlite3.Error, ConfigError) as e:
             raise self.to_config_error(e) from None
 
-    def retryable(self, error: BaseException | None) -> bool:
-        """Whether the lock of another connection was in the way."""
-        return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+    def classify(self, error: BaseException | None) -> ErrorKind:
+        """Return the kind of an error: retryable if the lock of another connection was in the way."""
+        text = str(error)
+        if isinstance(error, sqlite3.OperationalError) and "locked" in text:
+            return ErrorKind.RETRYABLE
+        if isinstance(error, sqlite3.Error) and any(part in text for part in _UNAVAILABLE_TEXTS):
+            return ErrorKind.UNAVAILABLE
+        state = isinstance(error, ConfigError | RegistryError | OSError | MemoryError | None)
+        return ErrorKind.UNAVAILABLE if state else ErrorKind.REFUSED
 
     def explain(self, error: BaseException | None) -> str:
         """Describe an error in one line for the log, or return an empty text if it is not SQLite's."""

@@ -40,8 +40,10 @@ ASSIGNMENT_TTL = 120_000_000
 MIGRATION_COOLDOWN = 600_000_000
 #: rows that one statement scans: the size of a segment of a table
 MAX_SCANNED_ROWS = 5000
-#: rows that one statement removes
+#: rows that one statement removes, at most
 MAX_REMOVED_ROWS = 500
+#: dead nodes whose rows are removed in one scan, at most
+MAX_DEAD_NODES = 100
 
 #: the columns of a Location
 _LOCATION_COLUMNS = (
@@ -157,9 +159,9 @@ def find_assignments(cursor: Any, dialect: Dialect, lease: int, client_ids: list
     }
 
 
-def purge_assignments(cursor: Any, dialect: Dialect, first: str) -> str | None:
-    """Remove expired assignments from the segment of the table that begins at ``first``. Returns where the next segment
-    begins, or ``None`` at the end of the table."""
+def purge_assignments(cursor: Any, dialect: Dialect, first: str, limit: int) -> str | None:
+    """Remove up to ``limit`` expired assignments from the segment of the table that begins at ``first``. Returns where
+    to continue, or ``None`` at the end of the table."""
     cursor.execute(
         "SELECT client_id FROM placements WHERE client_id >= ? ORDER BY client_id LIMIT 1 OFFSET ?",
         (first, MAX_SCANNED_ROWS),
@@ -173,12 +175,12 @@ def purge_assignments(cursor: Any, dialect: Dialect, first: str) -> str | None:
     cursor.execute(
         "SELECT client_id FROM placements WHERE client_id >= ? AND client_id < ? AND moved_at <= ? AND until <= ?"
         " ORDER BY client_id LIMIT ?",
-        (first, following or CLIENT_ID_UPPER_BOUND, *limits, MAX_REMOVED_ROWS),
+        (first, following or CLIENT_ID_UPPER_BOUND, *limits, limit),
     )
     expired = [client_id for (client_id,) in cursor.fetchall()]
     if expired:
         dialect.remove_assignments(cursor, expired, now - MIGRATION_COOLDOWN)
-    return expired[-1] if len(expired) == MAX_REMOVED_ROWS else following
+    return expired[-1] if len(expired) == limit else following
 
 
 def write_batch(
@@ -295,7 +297,7 @@ class Statements:
         cursor.execute("DELETE FROM nodes WHERE node_id = ?", (info.node_id,))
         cursor.execute(
             "INSERT INTO nodes (id, node_id, name, public_url, peer_url, state, clients, capacity, started_at,"
-            " heartbeat_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " heartbeat_at, version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 number,
                 info.node_id,
@@ -307,6 +309,7 @@ class Statements:
                 info.capacity,
                 to_timestamp(local_node.started_at),
                 to_timestamp(now),
+                info.version,
             ),
         )
         return number or int(cursor.lastrowid)
@@ -380,10 +383,10 @@ class Statements:
             owners = find_assignments(cursor, self._dialect, self._lease, client_ids)
             return {client_id: owner.assignment() for client_id, owner in owners.items()}
 
-    def purge_assignments(self, connection: Any, first: str) -> str | None:
+    def purge_assignments(self, connection: Any, first: str, limit: int = MAX_REMOVED_ROWS) -> str | None:
         """Remove expired assignments: :func:`purge_assignments`."""
         with transaction(connection, self._dialect.begin_statement) as cursor:
-            return purge_assignments(cursor, self._dialect, first)
+            return purge_assignments(cursor, self._dialect, first, limit)
 
     def clients(
         self, connection: Any, first: str, end: str, limit: int, node_id: str | None
@@ -415,7 +418,7 @@ class Statements:
         with closing(connection.cursor()) as cursor:
             now = self._read_clock(cursor)
             cursor.execute(
-                "SELECT node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at FROM nodes"
+                "SELECT node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at, version FROM nodes"
                 " WHERE heartbeat_at > ? ORDER BY id",
                 (self._dialect.to_timestamp(now - self._lease),),
             )
@@ -430,11 +433,13 @@ class Statements:
             )
             self._dialect.wait_for_claims(cursor, [local_node.info.node_id])
 
-    def remove_own_clients(self, connection: Any, local_node: LocalNode, first: str) -> str | None:
-        """Remove this node's client rows from the segment that begins at ``first``. Returns where the next segment
-        begins, or ``None`` at the end, when this node's own row is removed as well."""
+    def remove_own_clients(
+        self, connection: Any, local_node: LocalNode, first: str, limit: int = MAX_REMOVED_ROWS
+    ) -> str | None:
+        """Remove up to ``limit`` of this node's client rows from the segment that begins at ``first``. Returns where to
+        continue, or ``None`` at the end, when this node's own row is removed as well."""
         with transaction(connection, self._dialect.begin_statement) as cursor:
-            _, following = self._remove_clients(cursor, [local_node.number], first, MAX_REMOVED_ROWS)
+            _, following = self._remove_clients(cursor, [local_node.number], first, limit)
             if following is None:
                 cursor.execute(
                     "DELETE FROM nodes WHERE id = ? AND node_id = ?", (local_node.number, local_node.info.node_id)
@@ -456,12 +461,12 @@ class Statements:
             self._dialect.remove_clients(cursor, rows)
         return len(rows), rows[-1][0] if len(rows) == limit else following
 
-    def dead_nodes(self, connection: Any, local_node: LocalNode | None) -> dict[int, int]:
-        """Find up to 100 nodes with expired leases, except this one: number -> heartbeat_at."""
+    def dead_nodes(self, connection: Any, local_node: LocalNode | None, limit: int = MAX_DEAD_NODES) -> dict[int, int]:
+        """Find up to ``limit`` nodes with expired leases, except this one: number -> heartbeat_at."""
         with closing(connection.cursor()) as cursor:
             cursor.execute(
-                "SELECT id, node_id, heartbeat_at FROM nodes WHERE heartbeat_at <= ? ORDER BY id LIMIT 100",
-                (self._dialect.to_timestamp(self._read_clock(cursor) - self._lease),),
+                "SELECT id, node_id, heartbeat_at FROM nodes WHERE heartbeat_at <= ? ORDER BY id LIMIT ?",
+                (self._dialect.to_timestamp(self._read_clock(cursor) - self._lease), limit),
             )
             dead = [row for row in cursor.fetchall() if local_node is None or row[0] != local_node.number]
         if dead:
@@ -501,6 +506,6 @@ def _location(row: Sequence[Any]) -> Location:
 
 
 def _status(row: tuple[Any, ...], now: int) -> NodeStatus:
-    node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at = row
+    node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at, version = row
     age = max(0.0, (now - heartbeat_at) / 1e6)
-    return NodeStatus(node_id, name, public_url, peer_url, clients, capacity, state, age)
+    return NodeStatus(node_id, name, public_url, peer_url, clients, capacity, state, age, version)

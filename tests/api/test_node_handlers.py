@@ -20,7 +20,7 @@ class NodeTests(TestCase):
         self.endpoint = EndpointHarness()
 
     def test_nodes(self):
-        status = NodeStatus(NODE_ID, "here", "ws://a", "ws://b", 3, 100, "up", 1.5)
+        status = NodeStatus(NODE_ID, "here", "ws://a", "ws://b", 3, 100, "up", 1.5, "7.1")
         self.endpoint.registry.statuses = [status]
         response = self.endpoint.request("GET", "/v1/nodes")
         self.assertEqual(
@@ -36,11 +36,16 @@ class NodeTests(TestCase):
                         "capacity": 100,
                         "state": "up",
                         "heartbeat_age": 1.5,
+                        "version": "7.1",
                     }
                 ],
                 "version": __version__,
             },
         )
+
+    def test_the_version_of_an_older_node_is_unknown(self):
+        self.endpoint.registry.statuses = [NodeStatus(NODE_ID, "here", "ws://a", "ws://b", 3, 100, "up", 1.5)]
+        self.assertIsNone(self.endpoint.request("GET", "/v1/nodes").json["nodes"][0]["version"])
 
     def test_drain(self):
         response = self.endpoint.request("POST", f"/v1/nodes/{NODE_ID}/drain")

@@ -18,7 +18,7 @@ LEASE = 15.0
 
 def node_info(name: str) -> NodeInfo:
     """Describe a node whose node_id is its name, padded."""
-    return NodeInfo(name.ljust(36, "-"), name, f"ws://{name}/", f"ws://{name}:81/", 1000)
+    return NodeInfo(name.ljust(36, "-"), name, f"ws://{name}/", f"ws://{name}:81/", 1000, f"{name}.1")
 
 
 class RegistryMixin:

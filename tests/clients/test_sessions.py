@@ -12,7 +12,12 @@ from zope.interface.verify import verifyObject
 from gateway.clients.admission import CLAIM_TIMEOUT
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.clients.sessions import MAX_BAD_MESSAGES, RECLAIM_RETRY_INTERVAL
-from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
+from gateway.registry.errors import (
+    ClaimSupersededError,
+    LeaseLostError,
+    RegistryRefusedError,
+    RegistryUnavailableError,
+)
 from gateway.registry.interface import SessionKey
 from tests.builders.frames import build_request, close_frame, text_frame
 from tests.fakes.clients import FakeNode
@@ -203,6 +208,16 @@ class AllSessionsTest(SynchronousTestCase):
         # No client is disconnected because the registry is unavailable; but b is known to have a newer claim.
         self.assertEqual(sorted(self.sessions.client_ids()), ["a", "c"])
 
+    def test_a_reclaim_that_the_registry_refuses_is_repeated_alone(self) -> None:
+        for name in "abc":
+            self.node.connect(name)
+        self.node.registry.reclaim_results["a"] = RegistryRefusedError("too large")
+        self.successResultOf(self.sessions.reclaim_all())
+        self.assertEqual(sorted(self.sessions.client_ids()), ["a", "b", "c"])
+        del self.node.registry.reclaimed[:]
+        self.node.advance(RECLAIM_RETRY_INTERVAL)
+        self.assertEqual([client_id for client_id, *_ in self.node.registry.reclaimed], ["a"])
+
     def test_closed_while_reclaimed(self) -> None:
         """Its release may have been written before its row was restored."""
         client = self.node.connect("a")
@@ -313,12 +328,16 @@ class ClaimTest(SynchronousTestCase):
         self.assertIsNone(self.successResultOf(waiter))
 
     def test_registry_unavailable(self) -> None:
-        for error in (RegistryUnavailableError("away"), LeaseLostError("late")):
+        for error, retry_after in (
+            (RegistryUnavailableError("away"), "2"),
+            (LeaseLostError("late"), "2"),
+            (RegistryRefusedError("too large"), "5"),
+        ):
             client = self.node.connect("a")
             self.node.registry.claims[-1][2].errback(error)
             status, word, headers = client.refusal()
             self.assertEqual((status, word), (503, "registry"))
-            self.assertIn("Retry-After", headers)
+            self.assertEqual(headers["Retry-After"], retry_after)
         self.assertEqual(self.node.registry.released, [])
 
     def test_claim_that_hangs(self) -> None:

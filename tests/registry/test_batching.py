@@ -8,12 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred, execute
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.metrics import Metrics
-from gateway.registry.batching import MAX_BATCH_SIZE, MAX_LOOKUP_BATCH_SIZE, LookupBatcher, WriteBatcher
+from gateway.registry import batching
+from gateway.registry.batching import MAX_BATCH_SIZE, MAX_LOOKUP_BATCH_SIZE, LookupBatcher, Request, WriteBatcher
 from gateway.registry.claims import ClaimRequest, ReleaseRequest, Row, resolve
-from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
+from gateway.registry.division import MAX_REFUSALS
+from gateway.registry.errors import (
+    ClaimSupersededError,
+    LeaseLostError,
+    RegistryRefusedError,
+    RegistryUnavailableError,
+)
 from gateway.registry.interface import Claim, Location, SessionKey
 
 NOW = 1_000_000_000
@@ -334,6 +342,269 @@ class WriteBatcherTests(SynchronousTestCase):
         self.assertEqual([each.client_id for each in self.written[1]], ["z"])
 
 
+class RefusalTests(SynchronousTestCase):
+    """Batches that the database refuses: too many requests, or one that it never accepts."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.metrics = Metrics()
+        #: names of clients whose requests are refused
+        self.bad: set[str] = set()
+        #: requests that are accepted at once
+        self.max_size = 1000
+        #: whether a refusal comes at the commit, so that claims may have been written
+        self.at_commit = False
+        self.sent: list[tuple[Any, Deferred[Any]]] = []
+        self.tried: list[list[str]] = []
+        self.written: list[Request] = []
+        self.revoked: list[SessionKey] = []
+        self.generation = 0
+        self.batcher = self.make_batcher()
+
+    def make_batcher(self, **options: Any) -> WriteBatcher:
+        return WriteBatcher(
+            *(self.clock, self.submit, self.write, self.metrics, 0.003),
+            on_claim_revoked=lambda key, previous_owner: self.revoked.append(key),
+            **options,
+        )
+
+    def submit(self, make_work: Any) -> Deferred[Any]:
+        deferred: Deferred[Any] = Deferred()
+        self.sent.append((make_work, deferred))
+        return deferred
+
+    def write(self, connection: Any, batch: list[Request], maybe_written: list[SessionKey]) -> list[Any]:
+        self.tried.append([request.client_id for request in batch])
+        refused = len(batch) > self.max_size or any(request.client_id in self.bad for request in batch)
+        outcomes: list[Any] = []
+        for request in batch:
+            self.generation += 1
+            outcomes.append(Claim(self.generation, 0.0) if isinstance(request, ClaimRequest) else None)
+            if isinstance(request, ClaimRequest) and (self.at_commit or not refused):
+                maybe_written.append(SessionKey(request.client_id, self.generation))
+        if refused:
+            raise RegistryRefusedError("too large")
+        self.written += batch
+        return outcomes
+
+    def run_next(self) -> None:
+        make_work, deferred = self.sent.pop(0)
+        work = make_work()
+        execute(lambda: work and work(None)).chainDeferred(deferred)
+
+    def run_all(self, seconds: float = 0.003) -> None:
+        """Run the batches that are sent now, or after some time."""
+        self.clock.advance(seconds)
+        while self.sent:
+            self.run_next()
+
+    def claim_all(self, count: int) -> list[Deferred[Any]]:
+        return [self.batcher.request(f"c{number}", "h") for number in range(count)]
+
+    def ids_written(self) -> list[str]:
+        return [request.client_id for request in self.written]
+
+    def test_one_claim_that_is_refused_fails_alone(self) -> None:
+        self.bad = {"c137"}
+        claims = self.claim_all(200)
+        behind = self.batcher.request("behind", "h")
+        self.run_all()
+        error = self.failureResultOf(claims.pop(137), RegistryRefusedError).value
+        self.assertEqual(str(error), "too large")
+        for claim in [*claims, behind]:
+            self.successResultOf(claim)
+        self.assertLessEqual(len(self.tried), 2 * 8 + 1 + 1)
+        self.assertEqual(len(self.batcher), 0)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_a_limit_of_the_database_is_kept(self) -> None:
+        self.max_size = 60
+        claims = self.claim_all(400)
+        self.run_all()
+        for claim in claims:
+            self.successResultOf(claim)
+        self.assertEqual([len(ids) for ids in self.tried], [200, 100, 50, 50, 100, 50, 50, 50, 50, 50, 50])
+
+    def test_a_release_that_is_refused_is_retried_apart_from_the_others(self) -> None:
+        self.bad = {"x"}
+        refused = self.batcher.release(SessionKey("x", 5))
+        release, claim = self.batcher.release(SessionKey("y", 5)), self.batcher.request("z", "h")
+        self.run_all()
+        self.assertIn("queued", str(self.failureResultOf(refused, RegistryRefusedError).value))
+        self.successResultOf(release)
+        self.successResultOf(claim)
+        self.assertEqual(len(self.batcher), 1)
+        self.tried = []
+        # Others are not held up by it: neither divided nor delayed.
+        for delay in (1, 2, 4):
+            self.run_all(delay - 0.01)
+            self.assertEqual(self.tried, [])
+            self.run_all(0.01)
+            self.assertEqual(self.tried, [["x"]])
+            self.successResultOf(self.claim_after())
+            self.assertEqual(self.tried, [["x"], ["w"]])
+            self.tried = []
+        self.bad = set()
+        self.run_all(8)
+        self.assertEqual((self.tried, len(self.batcher)), ([["x"]], 0))
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def claim_after(self) -> Deferred[Any]:
+        claim = self.batcher.request("w", "h")
+        self.run_all()
+        return claim
+
+    def test_a_release_that_is_requested_again_is_tried_at_once(self) -> None:
+        self.bad = {"x"}
+        self.failureResultOf(self.release("x"), RegistryRefusedError)
+        self.failureResultOf(self.release("x"), RegistryRefusedError)
+        self.bad = set()
+        self.successResultOf(self.release("x"))
+        self.assertEqual(len(self.batcher), 0)
+        self.tried = []
+        self.run_all(100)
+        self.assertEqual(self.tried, [])
+
+    def release(self, client_id: str) -> Deferred[None]:
+        release = self.batcher.release(SessionKey(client_id, 5))
+        self.run_all()
+        return release
+
+    def test_refused_releases_are_bounded(self) -> None:
+        self.patch(batching, "MAX_REFUSED_RELEASES", 3)
+        self.bad = {f"c{number}" for number in range(5)}
+        with capturedLogs() as events:
+            for client_id in sorted(self.bad):
+                self.failureResultOf(self.release(client_id), RegistryRefusedError)
+        self.assertEqual(len(self.batcher), 3)
+        texts = [event["log_format"].format(**event) for event in events]
+        self.assertIn("registry: the release of client 'c0' was refused: too large", texts)
+        self.assertIn("registry: more than 3 releases are refused: the row of 'c0' stays", texts)
+        self.bad = set()
+        self.run_all(2)
+        self.assertEqual(self.ids_written(), ["c2", "c3", "c4"])
+
+    def test_a_claim_that_may_have_been_written_before_the_refusal_is_released(self) -> None:
+        self.bad, self.at_commit = {"x"}, True
+        claims = [self.batcher.request(client_id, "h") for client_id in "wxy"]
+        self.run_next_after()
+        self.bad = set()  # the release of x is accepted
+        self.run_next()
+        self.bad = {"x"}
+        self.run_next()
+        self.run_next()
+        self.assertEqual(self.tried, [["w", "x", "y"], ["w"], ["x", "y"], ["x"]])
+        self.bad = set()
+        self.run_all()
+        self.failureResultOf(claims[1], RegistryRefusedError)
+        self.successResultOf(claims[0])
+        self.successResultOf(claims[2])
+        # One for each of its tries; none for the claims that succeeded.
+        self.assertEqual([key.client_id for key in self.revoked], ["x", "x", "x"])
+
+    def run_next_after(self) -> None:
+        self.clock.advance(0.003)
+        self.run_next()
+
+    def test_the_clients_of_a_divided_batch_stay_in_flight(self) -> None:
+        self.batcher = self.make_batcher(other_submits=[self.submit])
+        self.bad = {"x"}
+        first = [self.batcher.request(client_id, "h") for client_id in "xyz"]
+        self.clock.advance(0.003)
+        self.run_next()
+        # The other connection was given a job as well, which takes what it may write when it is started.
+        second = [self.batcher.request(client_id, "h") for client_id in "zy"] + [self.batcher.request("free", "h")]
+        self.run_next()
+        self.assertEqual(self.ids_written(), ["free"])
+        self.run_all()
+        self.failureResultOf(first[0], RegistryRefusedError)
+        self.assertEqual(self.ids_written(), ["free", "y", "z", "z", "y"])
+        for claim in [*first[1:], *second]:
+            self.successResultOf(claim)
+
+    def test_a_database_that_refuses_everything_counts_as_unavailable(self) -> None:
+        self.max_size = 0
+        claims, release = self.claim_all(200), self.batcher.release(SessionKey("x", 5))
+        release.addErrback(lambda _: None)
+        self.run_all()
+        self.assertLessEqual(len(self.tried), MAX_REFUSALS + 2)
+        for claim in claims:
+            self.failureResultOf(claim, RegistryUnavailableError)
+        self.max_size = 1000
+        self.run_all(0.1)
+        self.assertEqual(self.ids_written(), ["x"])
+
+    def test_a_failure_between_the_parts_fails_what_is_left(self) -> None:
+        self.max_size = 1
+        claims = [self.batcher.request(client_id, "h") for client_id in "xyz"]
+        release = self.batcher.release(SessionKey("r", 5))
+        self.run_next_after()
+        self.run_next()
+        self.run_next()
+        self.sent.pop()[1].errback(RegistryUnavailableError("away"))
+        self.successResultOf(claims[0])
+        for claim in claims[1:]:
+            self.failureResultOf(claim, RegistryUnavailableError)
+        self.failureResultOf(release, RegistryUnavailableError)
+        self.run_all(0.1)
+        self.assertEqual(self.ids_written(), ["x", "r"])
+        self.assertEqual(self.revoked, [])
+
+    def test_closing_tries_refused_releases_once_more(self) -> None:
+        for self.bad in ({"x"}, set()):
+            self.batcher = self.make_batcher()
+            bad, self.bad = self.bad, {"x"}
+            self.failureResultOf(self.release("x"), RegistryRefusedError)
+            self.bad, self.written = bad, []
+            closed = self.batcher.close()
+            self.run_all(0)
+            self.successResultOf(closed)
+            self.assertEqual(self.ids_written(), [] if bad else ["x"])
+            self.assertEqual((len(self.batcher), self.clock.getDelayedCalls()), (0, []))
+
+    def test_retries_of_refused_releases_wait_for_a_database_that_is_away(self) -> None:
+        self.bad = {"x"}
+        self.failureResultOf(self.release("x"), RegistryRefusedError)
+        self.clock.advance(1)
+        make_work, deferred = self.sent.pop()
+        make_work()
+        deferred.errback(RegistryUnavailableError("away"))
+        self.assertEqual(len(self.batcher), 1)
+        self.bad = set()
+        self.run_all(2)
+        self.assertEqual((self.ids_written(), len(self.batcher)), (["x"], 0))
+
+    @settings(deadline=None, max_examples=100)
+    @given(
+        st.lists(st.tuples(st.booleans(), st.integers(0, 30)), min_size=1, max_size=60),
+        st.sets(st.integers(0, 30), max_size=4),
+        st.integers(1, 60),
+    )
+    def test_what_can_be_written_is_written_once_in_order(
+        self, requests: list[tuple[bool, int]], bad: set[int], max_size: int
+    ) -> None:
+        self.setUp()
+        self.bad, self.max_size = {f"c{number}" for number in bad}, max_size
+        made: list[tuple[str, Deferred[Any]]] = []
+        for index, (is_claim, number) in enumerate(requests):
+            client_id = f"c{number}"
+            made.append(
+                (
+                    client_id,
+                    self.batcher.request(client_id, "h")
+                    if is_claim
+                    else self.batcher.release(SessionKey(client_id, index)),
+                )
+            )
+        self.run_all()
+        for client_id, deferred in made:
+            if client_id in self.bad:
+                self.failureResultOf(deferred, RegistryRefusedError)
+            else:
+                self.successResultOf(deferred)
+        self.assertEqual(self.ids_written(), [client_id for client_id, _ in made if client_id not in self.bad])
+
+
 class LookupBatcherTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.sent: list[tuple[Any, Deferred[Any]]] = []
@@ -388,3 +659,56 @@ class LookupBatcherTests(SynchronousTestCase):
         third = self.lookups.find("x")
         self.run_sent()
         self.successResultOf(third)
+
+    def run_all(self, bad: set[str], max_size: int = 1000) -> None:
+        while self.sent:
+            make, deferred = self.sent.pop()
+            work = make()
+            found = work(None)
+            if len(self.queries[-1]) > max_size or bad & set(self.queries[-1]):
+                deferred.errback(RegistryRefusedError("too large"))
+            else:
+                deferred.callback(found)
+
+    def test_one_lookup_that_is_refused_fails_alone(self) -> None:
+        found = [self.lookups.find(f"c{number}") for number in range(MAX_LOOKUP_BATCH_SIZE + 5)]
+        again = self.lookups.find("c77")
+        self.run_all({"c77"})
+        for lookup in (found.pop(77), again):
+            self.failureResultOf(lookup, RegistryRefusedError)
+        self.assertLessEqual(len(self.queries), 2 * 8 + 1 + 1)
+        for lookup in found:
+            self.successResultOf(lookup)
+        later = self.lookups.find("c77")
+        self.run_all(set())
+        self.successResultOf(later)
+
+    def test_a_limit_of_the_database_is_kept(self) -> None:
+        found = [self.lookups.find(f"c{number}") for number in range(MAX_LOOKUP_BATCH_SIZE)]
+        self.run_all(set(), 60)
+        found += [self.lookups.find(f"c{number}") for number in range(100)]
+        self.run_all(set(), 60)
+        for lookup in found:
+            self.successResultOf(lookup)
+        self.assertEqual([len(ids) for ids in self.queries], [200, 100, 50, 50, 100, 50, 50, 50, 50])
+
+    def test_a_database_that_refuses_every_lookup(self) -> None:
+        found = [self.lookups.find(f"c{number}") for number in range(MAX_LOOKUP_BATCH_SIZE + 1)]
+        self.run_all(set(), 0)
+        for lookup in found:
+            self.failureResultOf(lookup, RegistryUnavailableError)
+        later = self.lookups.find("x")
+        self.run_all(set())
+        self.successResultOf(later)
+
+    def test_a_failure_between_the_parts(self) -> None:
+        found = [self.lookups.find(client_id) for client_id in "wxyz"]
+        make, deferred = self.sent.pop()
+        make()
+        deferred.errback(RegistryRefusedError("too large"))
+        self.run_sent()
+        self.sent.pop()[1].errback(RegistryUnavailableError("away"))
+        for lookup in found[:2]:
+            self.successResultOf(lookup)
+        for lookup in found[2:]:
+            self.failureResultOf(lookup, RegistryUnavailableError)

@@ -10,8 +10,8 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.metrics import Metrics
-from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.job_queue import LOG_INTERVAL, JobQueue, Priority
+from gateway.registry.errors import RegistryRefusedError, RegistryUnavailableError
+from gateway.registry.job_queue import LOG_INTERVAL, MAX_LOST_CONNECTIONS, ErrorKind, JobQueue, Priority
 
 
 class TransientError(Exception):
@@ -31,19 +31,25 @@ class FakeExecutor:
         self.reconnects.append(reconnect)
         return deferred
 
-    def answer(self, error: Exception | None = None) -> None:
+    def answer(self, error: Exception | None = None, *, begin: bool = False) -> None:
         ((work, deferred),) = self.running
         self.running = []
+        if begin:
+            work("connection")
         if error is None:
             deferred.callback(work("connection"))
         else:
             deferred.errback(error)
 
-    def retryable(self, error: BaseException | None) -> bool:
-        return isinstance(error, TransientError)
+    def classify(self, error: BaseException | None) -> ErrorKind:
+        if isinstance(error, ConnectionError):
+            return ErrorKind.CONNECTION_LOST
+        if isinstance(error, TransientError):
+            return ErrorKind.RETRYABLE
+        return ErrorKind.REFUSED if isinstance(error, ValueError) else ErrorKind.UNAVAILABLE
 
     def explain(self, error: BaseException | None) -> str:
-        return f"the database: {error}" if isinstance(error, OSError | TransientError) else ""
+        return f"the database: {error}" if isinstance(error, OSError | TransientError | ValueError) else ""
 
 
 class JobQueueTests(SynchronousTestCase):
@@ -141,6 +147,41 @@ class JobQueueTests(SynchronousTestCase):
         self.clock.advance(5)
         self.executor.answer(TransientError("locked"))
         self.failureResultOf(job, RegistryUnavailableError)
+
+    def submit_divisible(self) -> Deferred[Any]:
+        return self.queue.submit(Priority.WRITES, "batch", lambda: lambda connection: None, divisible=True)
+
+    def test_refused_work_is_not_retried(self) -> None:
+        for job in (self.submit(Priority.WRITES, "batch"), self.submit_divisible()):
+            self.executor.answer(ValueError("too large"))
+            self.failureResultOf(job, RegistryRefusedError)
+
+    def test_work_that_loses_one_connection_after_the_other_is_refused(self) -> None:
+        job = self.submit_divisible()
+        for _ in range(MAX_LOST_CONNECTIONS):
+            self.assertNoResult(job)
+            self.executor.answer(ConnectionError("lost"), begin=True)
+            self.clock.advance(0.1)
+        self.failureResultOf(job, RegistryRefusedError)
+
+    def test_a_database_that_cannot_be_reached_refuses_nothing(self) -> None:
+        job = self.submit_divisible()
+        # It is lost in the work, then before it: there is no new connection.
+        self.executor.answer(ConnectionError("lost"), begin=True)
+        while self.executor.running or self.clock.getDelayedCalls():
+            self.clock.advance(0.1)
+            if self.executor.running:
+                self.executor.answer(ConnectionError("lost"))
+        error = self.failureResultOf(job, RegistryUnavailableError).value
+        self.assertNotIsInstance(error, RegistryRefusedError)
+
+    def test_only_work_that_can_be_divided_is_refused_for_its_lost_connections(self) -> None:
+        job = self.submit(Priority.HEARTBEAT, "heartbeat")
+        for _ in range(MAX_LOST_CONNECTIONS + 1):
+            self.executor.answer(ConnectionError("lost"), begin=True)
+            self.clock.advance(0.1)
+        self.executor.answer()
+        self.successResultOf(job)
 
     def test_a_failure_is_followed_by_a_new_connection(self) -> None:
         for error in (OSError("broken"), None, None):

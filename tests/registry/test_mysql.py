@@ -17,8 +17,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.registry import schema_versions
+from gateway.registry import mysql_driver
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import ClaimPolicy, SessionKey
+from gateway.registry.job_queue import ErrorKind
 from gateway.registry.mysql import (
     RETRYABLE_ERRORS,
     MySQL,
@@ -29,9 +31,11 @@ from gateway.registry.mysql import (
     parse_url,
     to_config_error,
 )
+from gateway.registry.schema_versions import load_files
 from gateway.registry.statements import Statements
 from gateway.settings import ConfigError
 from tests.builders import mariadb
+from tests.builders.first_schema import FirstProgram
 from tests.builders.mysql_registry import ThreadedRegistryMixin, make_mysql_registry
 from tests.builders.registry_contract import (
     LEASE,
@@ -92,21 +96,65 @@ class SchemaTests(SynchronousTestCase):
             self.assertEqual(found, tuple((column, "utf8mb4_bin") for column in columns))
         self.assertEqual(self.ask("SELECT version FROM schema_version"), ((1,),))
 
-    def test_files_are_numbered_without_gaps_and_can_be_applied_again(self) -> None:
-        steps = schema_versions.load_migrations("mysql")
-        self.assertEqual([number for number, _ in steps], list(range(1, len(steps) + 1)))
+    def test_files_can_be_applied_again(self) -> None:
         self.check()
         self.ask("INSERT INTO clients VALUES ('x', 1, 1, '2020-01-01', 'h')")
         # As if the server had ended after the first statement.
         self.ask("DROP TABLE placements")
         self.ask("DELETE FROM schema_version")
+        self.ask("DELETE FROM schema_files")
         self.check()
         self.assertEqual(self.ask("SELECT * FROM placements"), ())
         self.assertEqual(self.ask("SELECT client_id FROM clients"), ((b"x",),))
 
+    def start_first_program(self) -> FirstProgram:
+        connection = mysql_driver.connect(MySQL(parse_url(self.url), bytes, LEASE).make_connection)
+        self.addCleanup(connection.close)
+        program = FirstProgram(connection, "mysql")
+        program.open()
+        return program
+
+    def test_a_program_of_the_first_file_runs_and_starts_on_the_newest_tables(self) -> None:
+        running = self.start_first_program()
+        running.join("old", "2020-01-01")
+        self.check()
+        running.open()
+        running.heartbeat("old", "2020-01-02")
+        started = self.start_first_program()
+        started.join("older", "2020-01-01")
+        self.assertEqual(started.nodes(), ["old", "older"])
+        self.assertEqual(self.ask("SELECT DISTINCT version FROM nodes"), (("",),))
+
+    def test_an_upgrade_that_was_interrupted_after_each_statement(self) -> None:
+        """The server commits each statement that changes a table."""
+        for file in load_files("mysql")[1:]:
+            for count in range(1, len(file.statements) + 1):
+                self.setUp()
+                program = self.start_first_program()
+                self.ask("CREATE TABLE schema_files (number INTEGER NOT NULL PRIMARY KEY)")
+                for earlier in load_files("mysql")[1 : file.number - 1]:
+                    for statement in earlier.statements:
+                        self.ask(statement)
+                    self.ask(f"INSERT INTO schema_files VALUES ({earlier.number})")
+                for statement in file.statements[:count]:
+                    self.ask(statement)
+                program.open()
+                program.join("old", "2020-01-01")
+                self.check()
+                self.assertEqual(self.ask("SELECT MAX(number) FROM schema_files"), ((load_files("mysql")[-1].number,),))
+
+    def test_tables_that_need_a_program_of_a_newer_file(self) -> None:
+        self.check()
+        newest = load_files("mysql")[-1].number
+        self.ask(f"INSERT INTO schema_files VALUES ({newest + 1})")
+        self.check()
+        self.ask(f"INSERT INTO schema_version VALUES ({newest + 1})")
+        self.assertIn(f"version {newest + 1} of the schema", str(self.assertRaises(ConfigError, self.check)))
+
     def test_ten_nodes_migrate_at_once(self) -> None:
-        for _ in range(3):
+        for old in (False, True, True):
             self.setUp()
+            program = self.start_first_program() if old else None
             problems: list[BaseException] = []
             together = threading.Barrier(10)
 
@@ -115,11 +163,18 @@ class SchemaTests(SynchronousTestCase):
             ]
             for thread in threads:
                 thread.start()
+            while program is not None and any(thread.is_alive() for thread in threads):
+                program.open()
+                program.join("old", "2020-01-01")
+                program.nodes()
             for thread in threads:
                 thread.join()
             self.assertEqual(problems, [])
             self.assertEqual(self.ask("SELECT version FROM schema_version"), ((1,),))
-            self.assertEqual(self.ask("SELECT COUNT(*), COUNT(DISTINCT id) FROM nodes"), ((10, 10),))
+            self.assertEqual(
+                self.ask("SELECT COUNT(*), COUNT(DISTINCT id) FROM nodes WHERE node_id <> 'old'"), ((10, 10),)
+            )
+            self.assertEqual(self.ask("SELECT COUNT(*) FROM nodes WHERE version LIKE '%.1'"), ((10,),))
 
     def start_one(self, name: str, together: threading.Barrier, problems: list[BaseException]) -> None:
         mysql = MySQL(parse_url(self.url), bytes, LEASE)
@@ -345,6 +400,29 @@ class ErrorTests(SynchronousTestCase):
             self.assertIn(code, RETRYABLE_ERRORS)
         for code in (1045, 1049, 1062, 1064, 1146, 1406):
             self.assertNotIn(code, RETRYABLE_ERRORS)
+
+    def test_kinds_of_errors(self) -> None:
+        mysql = MySQL(SERVER, bytes, LEASE)
+        for kind, errors in {
+            ErrorKind.RETRYABLE: [pymysql.OperationalError(code, "") for code in (1205, 1213, 1290, 2003)],
+            ErrorKind.CONNECTION_LOST: [
+                pymysql.OperationalError(2006, ""),
+                pymysql.OperationalError(2013, ""),
+                pymysql.InterfaceError(0, ""),
+            ],
+            ErrorKind.UNAVAILABLE: [
+                *(pymysql.OperationalError(code, "") for code in (1021, 1045, 1049, 1142, 1146)),
+                *(ConfigError("registry", "no"), RegistryUnavailableError("not joined"), OSError(), None),
+            ],
+            # A packet, a transaction in a cluster, a statement, its time or memory, a limit of a proxy, a row.
+            ErrorKind.REFUSED: [
+                *(pymysql.OperationalError(code, "") for code in (1153, 1180, 3100, 1390, 3024, 1969, 1041, 1105)),
+                *(pymysql.DataError(1406, ""), pymysql.IntegrityError(1062, ""), pymysql.MySQLError()),
+                *(ValueError(), TypeError(), ZeroDivisionError()),
+            ],
+        }.items():
+            for error in errors:
+                self.assertIs(mysql.classify(error), kind, error)
 
     def test_the_log_text_has_one_line(self) -> None:
         error = pymysql.OperationalError(1205, "Lock wait\ntimeout exceeded")

@@ -13,10 +13,11 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from gateway.registry import mysql, mysql_driver
-from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.errors import RegistryRefusedError, RegistryUnavailableError
 from gateway.registry.interface import ClaimPolicy, SessionKey
-from gateway.registry.job_queue import Priority
+from gateway.registry.job_queue import ErrorKind, Priority
 from gateway.registry.mysql import MySQLRegistry
+from gateway.registry.schema_versions import load_files
 from tests.builders import mariadb
 from tests.builders.mysql_registry import ThreadedRegistryMixin
 from tests.builders.registry_contract import LEASE, node_info
@@ -32,15 +33,15 @@ class FaultCase(ThreadedRegistryMixin, TestCase):
         self.errors: list[int] = []
         #: called at the first error, before the retry
         self.repair: Callable[[], object] = lambda: None
-        original = mysql.MySQL.retryable
+        original = mysql.MySQL.classify
 
-        def retryable(database: mysql.MySQL, error: BaseException | None) -> bool:
+        def classify(database: mysql.MySQL, error: BaseException | None) -> ErrorKind:
             self.errors.append(error.args[0] if error is not None and error.args else None)
             if len(self.errors) == 1:
                 self.repair()
             return original(database, error)
 
-        self.patch(mysql.MySQL, "retryable", retryable)
+        self.patch(mysql.MySQL, "classify", classify)
 
     def execute(self, *texts: str) -> Any:
         return self.server.execute(*texts, database=self.database)
@@ -396,3 +397,117 @@ class OutageTests(FaultCase):
         claim = await other.claim("x", "h:2")
         self.assertEqual((await other.find("x")).generation, claim.generation)
         self.assertEqual(self.rows(), ["x"])
+
+
+class RefusalTests(FaultCase):
+    """A server that accepts only small statements: it refuses others with an error, or closes the connection."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.server = mariadb.MariaDBServer("--max-allowed-packet=4096")
+        self.addCleanup(self.server.close)
+        self.url = self.server.new_database()
+        self.database = "fresh1"
+
+    def test_batches_that_are_too_large(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._too_large())
+
+    async def _too_large(self) -> None:
+        registry = await self.start_node("a")
+        names = [f"{number:0120}" for number in range(300)]
+        claims = await gatherResults([registry.claim(name, "h:1") for name in names])
+        # The server says 1153, or closes the connection before that can be read.
+        self.assertLessEqual(set(self.errors), {1153, 2006, 2013})
+        found = await gatherResults([registry.find(name) for name in names])
+        self.assertEqual([each.generation for each in found], [claim.generation for claim in claims])
+        other = await self.start_node("b")
+        assigned = await registry.assign(names, node_info("b").node_id)
+        self.assertEqual(assigned, names)
+        await gatherResults(
+            [
+                registry.release(SessionKey(*key))
+                for key in zip(names[:50], [c.generation for c in claims], strict=False)
+            ]
+        )
+        self.assertEqual(len(self.rows()), 250)
+        self.execute("UPDATE nodes SET heartbeat_at = '1970-01-02' WHERE name = 'a'")
+        self.assertEqual(await other.reap(500), 250)
+        self.assertEqual((self.rows(), await other.reap(500)), ([], 0))
+
+    def test_a_single_row_that_is_refused(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._single_row())
+
+    async def _single_row(self) -> None:
+        registry = await self.start_node("a")
+        self.execute(
+            "CREATE TRIGGER refusal BEFORE INSERT ON clients FOR EACH ROW"
+            " IF NEW.client_id = 'bad' THEN SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'not this one'; END IF"
+        )
+        names = [f"c{number}" for number in range(20)]
+        claims = [registry.claim(name, "h:1") for name in [*names, "bad"]]
+        error = await self.assertFailure(claims.pop(), RegistryRefusedError)
+        self.assertIn("not this one", str(error))
+        await gatherResults(claims)
+        self.assertEqual(self.rows(), sorted(names))
+
+    def test_a_row_for_which_the_connection_is_closed(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._closed())
+
+    async def _closed(self) -> None:
+        execute = mysql_driver.Cursor.execute
+
+        def closes(cursor: mysql_driver.Cursor, text: str, values: Any = None) -> int:
+            if "'bad'" in f"{text} {values}":
+                cursor.connection._force_close()
+                raise pymysql.OperationalError(2006, "MySQL server has gone away")
+            return execute(cursor, text, values)
+
+        self.patch(mysql_driver.Cursor, "execute", closes)
+        registry = await self.start_node("a")
+        names = [f"c{number}" for number in range(20)]
+        claims = [registry.claim(name, "h:1") for name in [*names, "bad"]]
+        await self.assertFailure(claims.pop(), RegistryRefusedError)
+        await gatherResults(claims)
+        self.assertEqual(self.rows(), sorted(names))
+        lookups = [registry.find(name) for name in [*names, "bad"]]
+        await self.assertFailure(lookups.pop(), RegistryRefusedError)
+        await gatherResults(lookups)
+
+
+class SchemaTests(FaultCase):
+    """The schema is changed while a node runs, and its connections are lost."""
+
+    def test_a_running_node_goes_on_if_the_schema_allows_it(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._allowed())
+
+    async def _allowed(self) -> None:
+        registry = await self.start_node("a")
+        await registry.claim("x", "h:1")
+        newest = load_files("mysql")[-1].number
+        self.execute(
+            "ALTER TABLE nodes ADD COLUMN more TEXT NOT NULL DEFAULT ''",
+            f"INSERT INTO schema_files VALUES ({newest + 1})",
+        )
+        self.kill_connections()
+        self.assertTrue(await registry.heartbeat("up", 1))
+        await registry.claim("y", "h:1")
+        await self.start_node("b")
+        self.assertEqual([status.version for status in await registry.nodes()], ["a.1", "b.1"])
+
+    def test_a_running_node_fails_if_it_does_not(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._not_allowed())
+
+    async def _not_allowed(self) -> None:
+        registry = await self.start_node("a")
+        newest = load_files("mysql")[-1].number
+        self.execute(f"INSERT INTO schema_version VALUES ({newest + 1})")
+        self.kill_connections()
+        error = await self.assertFailure(registry.heartbeat("up", 1), RegistryUnavailableError)
+        self.assertIn(f"knows version {newest + 1} of the schema", str(error))
+        self.assertNotIsInstance(error, RegistryRefusedError)
+        self.execute(f"DELETE FROM schema_version WHERE version = {newest + 1}")
+        self.assertTrue(await registry.heartbeat("up", 1))
+
+    def kill_connections(self) -> None:
+        for number in self.connections():
+            self.server.execute(f"KILL {number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from typing import Any
 
 from hypothesis import given, settings
@@ -11,8 +12,15 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
+from gateway.registry.errors import (
+    ClaimSupersededError,
+    LeaseLostError,
+    RegistryRefusedError,
+    RegistryUnavailableError,
+)
 from gateway.registry.interface import Claim, SessionKey
+from gateway.registry.memory import EPOCH, InlinePool
+from gateway.registry.statements import Statements
 from tests.builders.registry_contract import LEASE, node_info
 from tests.builders.sqlite_registry import ManualPool, ManualPoolTestCase, make_sqlite_registry
 
@@ -108,6 +116,97 @@ STEPS = st.one_of(
     st.tuples(st.just("flush"), NODES, CLIENTS),
     st.tuples(st.just("step"), NODES, CLIENTS),
 )
+
+
+class RefusalTests(SynchronousTestCase):
+    """A database that refuses some statements."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.pools: list[InlinePool] = []
+        self.registry = make_sqlite_registry(self.mktemp(), self.clock, self.make_pool)
+        self.successResultOf(self.registry.open())
+        self.addCleanup(lambda: self.successResultOf(self.registry.close()))
+        self.successResultOf(self.registry.join(node_info("a")))
+
+    def make_pool(self, *args: Any, **kwargs: Any) -> InlinePool:
+        self.pools.append(InlinePool(*args, **kwargs))
+        return self.pools[-1]
+
+    def execute(self, text: str) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = self.pools[-1].connect().execute(text).fetchall()
+        return rows
+
+    def refuse(self, event: str, row: str = "NEW") -> None:
+        self.execute(
+            f"CREATE TRIGGER refusal BEFORE {event} WHEN {row}.client_id = 'bad'"
+            " BEGIN SELECT RAISE(ABORT, 'not this one'); END"
+        )
+
+    def claim(self, *client_ids: str) -> list[Deferred[Claim]]:
+        claims = [self.registry.claim(client_id, "h:1") for client_id in client_ids]
+        self.clock.advance(0.01)
+        return claims
+
+    def test_a_row_that_is_refused_fails_alone(self) -> None:
+        self.refuse("INSERT ON clients")
+        first, bad, last = self.claim("a", "bad", "c")
+        error = self.failureResultOf(bad, RegistryRefusedError).value
+        self.assertIn("not this one", str(error))
+        self.assertEqual(self.successResultOf(first).generation, EPOCH + 10_000)
+        self.successResultOf(last)
+        self.successResultOf(self.claim("d")[0])
+
+    def test_a_release_that_is_refused_is_written_once_it_can_be(self) -> None:
+        claims = [self.successResultOf(claim) for claim in self.claim("bad", "c")]
+        self.refuse("DELETE ON clients", "OLD")
+        releases = [
+            self.registry.release(SessionKey(client_id, claim.generation))
+            for client_id, claim in zip(("bad", "c"), claims, strict=True)
+        ]
+        self.clock.advance(0.01)
+        self.failureResultOf(releases[0], RegistryRefusedError)
+        self.successResultOf(releases[1])
+        self.assertEqual(self.execute("SELECT client_id FROM clients"), [("bad",)])
+        self.execute("DROP TRIGGER refusal")
+        self.clock.advance(1)
+        self.assertEqual(self.execute("SELECT client_id FROM clients"), [])
+
+    def test_an_assignment_that_is_refused_is_left_out(self) -> None:
+        self.refuse("INSERT ON placements")
+        node_id = node_info("a").node_id
+        assigned = self.registry.assign(["a", "b", "bad", "c", "d"], node_id)
+        self.assertEqual(self.successResultOf(assigned), ["a", "b", "c", "d"])
+        self.failureResultOf(self.registry.assign(["bad"], node_id), RegistryRefusedError)
+
+    def test_rows_are_removed_in_segments_that_the_database_accepts(self) -> None:
+        for claim in self.claim(*(f"c{number:02}" for number in range(40))):
+            self.successResultOf(claim)
+        self.execute("UPDATE nodes SET heartbeat_at = 1")
+        self.execute("INSERT INTO nodes SELECT 90, 'b', 'b', '', '', 'up', 0, 1, 1, 1, ''")
+        self.execute("UPDATE clients SET node = 90")
+        limits: list[int] = []
+        original = Statements._remove_clients
+
+        def remove(statements: Statements, cursor: Any, numbers: list[int], first: str, limit: int) -> Any:
+            limits.append(limit)
+            if limit > 10:
+                raise sqlite3.DataError("string or blob too big")
+            return original(statements, cursor, numbers, first, limit)
+
+        self.patch(Statements, "_remove_clients", remove)
+        self.assertEqual(self.successResultOf(self.registry.reap(100)), 40)
+        self.assertEqual(limits, [100, 50, 25, 12, 6, 6, 6, 6, 6, 6, 6])
+        self.assertEqual(self.execute("SELECT node_id FROM nodes"), [(node_info("a").node_id,)])
+
+    def test_work_of_which_nothing_is_accepted_fails(self) -> None:
+        self.execute("INSERT INTO nodes SELECT 90, 'b', 'b', '', '', 'up', 0, 1, 1, 1, ''")
+
+        def remove(*args: Any) -> Any:
+            raise sqlite3.DataError("string or blob too big")
+
+        self.patch(Statements, "_remove_clients", remove)
+        self.failureResultOf(self.registry.reap(100), RegistryRefusedError)
 
 
 class _Node:

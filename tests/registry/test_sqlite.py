@@ -16,7 +16,8 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from gateway.metrics import Metrics
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import SessionKey
-from gateway.registry.sqlite import SQLiteRegistry
+from gateway.registry.job_queue import ErrorKind
+from gateway.registry.sqlite import SQLite, SQLiteRegistry
 from gateway.settings import ConfigError
 from tests.builders.registry_contract import (
     LEASE,
@@ -130,6 +131,30 @@ class OpenTests(SynchronousTestCase):
         path = self.mktemp()
         self.execute(path, "CREATE TABLE schema_version (version)", "INSERT INTO schema_version VALUES (99)")
         self.assertIn("version 99", self.refused(path))
+
+    def test_kinds_of_errors(self) -> None:
+        sqlite = SQLite(self.mktemp(), lambda: 0)
+        for kind, errors in {
+            ErrorKind.RETRYABLE: [sqlite3.OperationalError("database is locked")],
+            ErrorKind.UNAVAILABLE: [
+                sqlite3.OperationalError("database or disk is full"),
+                sqlite3.OperationalError("disk I/O error"),
+                sqlite3.OperationalError("attempt to write a readonly database"),
+                sqlite3.OperationalError("no such table: clients"),
+                sqlite3.DatabaseError("database disk image is malformed"),
+                sqlite3.ProgrammingError("Cannot operate on a closed database."),
+                *(ConfigError("registry", "no"), RegistryUnavailableError("not joined"), OSError(), None),
+            ],
+            ErrorKind.REFUSED: [
+                sqlite3.OperationalError("too many SQL variables"),
+                sqlite3.DataError("string or blob too big"),
+                sqlite3.IntegrityError("CHECK constraint failed"),
+                sqlite3.ProgrammingError("Error binding parameter 1: type 'list' is not supported"),
+                *(OverflowError(), ValueError(), UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates")),
+            ],
+        }.items():
+            for error in errors:
+                self.assertIs(sqlite.classify(error), kind, error)
 
     def test_an_unprintable_path(self) -> None:
         self.assertIn(r"nowhere\nb", self.refused("/nowhere\nb/a\nb"))
@@ -261,6 +286,7 @@ class ThreadedTests(TestCase):
     async def _starting_at_once(self) -> None:
         starter = (
             "import sqlite3, sys, time\n"
+            "from gateway.registry.job_queue import ErrorKind\n"
             "from gateway.registry.sqlite import SQLite\n"
             "sqlite = SQLite(sys.argv[1], time.time_ns)\n"
             "print('ready', flush=True)\n"
@@ -271,7 +297,7 @@ class ThreadedTests(TestCase):
             "        sqlite.prepare(connection)\n"
             "        break\n"
             "    except sqlite3.OperationalError as error:\n"
-            "        assert sqlite.retryable(error), error\n"
+            "        assert sqlite.classify(error) is ErrorKind.RETRYABLE, error\n"
             "connection.close()\n"
         )
         command = [sys.executable, "-c", starter, self.path]

@@ -9,7 +9,7 @@ import attrs
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.registry import statements
+from gateway.registry import sql, statements
 from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError, RegistryUnavailableError
 from gateway.registry.interface import Assignment, Claim, ClaimPolicy, SessionKey
 from gateway.registry.job_queue import Priority
@@ -176,7 +176,7 @@ class AssignmentsContractMixin(RegistryMixin):
 
     def test_expired_assignments_are_purged(self) -> None:
         self.patch(statements, "MAX_SCANNED_ROWS", 4)
-        self.patch(statements, "MAX_REMOVED_ROWS", 3)
+        self.patch(sql, "MAX_REMOVED_ROWS", 3)
         self.assign(*(f"c{number}" for number in range(10)))
         self.pass_time(5 * MINUTE)
         self.assign("c45", "d")

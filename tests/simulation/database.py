@@ -17,7 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from gateway.registry import schema_versions
-from gateway.registry.job_queue import Priority
+from gateway.registry.job_queue import ErrorKind, Priority
 from gateway.registry.sqlite import SQLite
 from tests.simulation.network import Network
 from tests.simulation.scheduler import Event, Scheduler
@@ -245,8 +245,8 @@ class NodeDatabase(SQLite):
     def check(self) -> None:
         """Do nothing: the schema is up to date."""
 
-    def retryable(self, error: BaseException | None) -> bool:
-        return super().retryable(error) or isinstance(error, ConnectionLostError)
+    def classify(self, error: BaseException | None) -> ErrorKind:
+        return ErrorKind.CONNECTION_LOST if isinstance(error, ConnectionLostError) else super().classify(error)
 
 
 class SimulatedPool:

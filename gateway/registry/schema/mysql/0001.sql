@@ -1,3 +1,4 @@
+-- Oldest program: 1
 -- Times are UTC, by this server's clock.
 -- Each statement can be carried out again: a server does not undo them when one behind them fails.
 -- AUTO_INCREMENT: the number of a node that is gone is never given to another, so that no row changes hands by itself.

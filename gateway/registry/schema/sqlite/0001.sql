@@ -1,3 +1,4 @@
+-- Oldest program: 1
 -- Times are microseconds since 1970, by the clock of the machine that has the file.
 -- AUTOINCREMENT: the number of a node that is gone is never given to another, so that no row changes hands by itself.
 CREATE TABLE nodes (

@@ -1,0 +1,3 @@
+-- Oldest program: 1
+-- The version of the program that a node runs; empty for a program that does not know this file.
+ALTER TABLE nodes ADD COLUMN version VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT '';
