@@ -301,7 +301,7 @@ class DeferredNotification(Call, Deferred[None]):
 
 
 class _EndedError(Exception):
-    """The message was completed or cancelled."""
+    """The message was completed or cancelled, or is not the first in its queue any more."""
 
 
 class RemoteDelivery:
@@ -542,7 +542,11 @@ class RemoteDelivery:
         if queue is None:
             queue = self.queues[client_id] = ClientQueue(client_id)
         call.queue = queue
+        previous = queue.waiting[0] if queue.waiting else None
         queue.add(call)
+        if previous is not None and queue.waiting[0] is call and previous.waiting_for is not None:
+            # An older message was given back: it is the first to be handed on now.
+            previous.waiting_for.cancel()
         self._deadlines.start(call, None, client_id, max(0.0, call.deadline - self._seconds()))
         self._deadlines.mark_sent(call)
         if not queue.is_running:
@@ -607,8 +611,6 @@ class RemoteDelivery:
         location, stale = await self._retry_policy.next_location(
             call.client_id, call.deadline, call.location, reason, partial(self._wait_for, call)
         )
-        if queue.waiting[0] is not call:
-            return
         # The client may have connected here meanwhile.
         if await self._try_local(call):
             return
@@ -626,7 +628,7 @@ class RemoteDelivery:
         except RpcError as e:
             self._attempt_failed(call, _reason_or_raise(e))
             return
-        if queue.waiting[0] is call and queue.may_follow(location) and not self._send(queue, call, location, stale):
+        if queue.may_follow(location) and not self._send(queue, call, location, stale):
             # The connection was lost again, or is congested.
             self._attempt_failed(call, FailureReason.UNREACHABLE)
 
@@ -685,21 +687,16 @@ class RemoteDelivery:
             return await deferred
         finally:
             call.waiting_for = None
-            if call.origin is None:
+            if call.origin is None or call.queue.waiting[0] is not call:
                 raise _EndedError
 
     async def _try_local(self, call: RemoteCall) -> bool:
-        """Deliver the first message of a queue here, if the client has connected to this node; waits for a claim in
-        progress. Returns ``True`` also if another one is the first by now."""
+        """Deliver the message here, if the client has connected to this node; waits for a claim in progress."""
         sessions, queue = self._local.sessions, call.queue
         while True:
-            if queue.waiting[0] is not call:
-                return True
             generation = sessions.generation(call.client_id)
             if generation and self._ownership_uncertain() and not await self._is_still_local(call, generation):
                 return False
-            if queue.waiting[0] is not call:
-                return True
             if generation and (call.client_id, generation) not in self._local.goaway_sessions:
                 if queue.unsettled:
                     await self._settle(queue, call)

@@ -12,7 +12,7 @@ from zope.interface import implementer
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.protocol.errors import RpcError
 from gateway.registry.interface import Location, SessionKey
-from gateway.rpc.errors import NotDelivered
+from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.interface import IRemoteNodes, IUpstream
 from gateway.rpc.pending import Call, PendingCalls, Reply
 
@@ -126,6 +126,33 @@ class FakeUpstream:
         self.events.append(("disconnected", *key))
 
 
+class FakeNotifying:
+    """A notification that a node has; the test says what becomes of it."""
+
+    def __init__(self, remote_nodes: FakeRemoteNodes, call: Call) -> None:
+        self._remote_nodes = remote_nodes
+        self._call = call
+
+    @property
+    def called(self) -> bool:
+        """Whether it is settled."""
+        return getattr(self._call, "id", b"") not in self._remote_nodes.pending._calls
+
+    def callback(self, _: None) -> None:
+        """Report that the client was notified."""
+        assert self._remote_nodes.pending.resolve(self._call.owner, self._call.id, Reply(b"null", None))
+
+    def errback(self, error: Exception) -> None:
+        """Report an error."""
+        if isinstance(error, NotDeliveredError):
+            assert not self.called
+            self._remote_nodes.pending.discard(self._call)
+            self._call.not_delivered(error.reason)
+        else:
+            assert isinstance(error, RpcError)
+            assert self._remote_nodes.pending.fail(self._call.owner, self._call.id, error)
+
+
 @implementer(IRemoteNodes)
 class FakeRemoteNodes:
     """Connections to the nodes in ``connected``; the test decides what they answer."""
@@ -138,7 +165,10 @@ class FakeRemoteNodes:
         self.calls: list[Call] = []
         self.notifications: list[tuple[Location, str, bytes | None, float, bool]] = []
         self.connecting: list[tuple[Location, Deferred[None]]] = []
-        self.notifying: list[Deferred[None]] = []
+        self.notifying: list[FakeNotifying] = []
+        #: fences, and whether they pass at once
+        self.fences: list[tuple[Location, Deferred[None]]] = []
+        self.fences_pass = True
         self.cancelled_calls: list[Call] = []
         self.cancel_count = 0
         #: result of connect(); ``None``: left to the test
@@ -158,29 +188,37 @@ class FakeRemoteNodes:
     def _cancelled(self, _: object) -> None:
         self.cancel_count += 1
 
-    def try_call(
-        self, call: Call, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
+    def try_send(
+        self,
+        call: Call,
+        location: Location,
+        method: str,
+        params: bytes | None,
+        timeout: float,
+        *,
+        is_call: bool = True,
+        stale: bool = False,
     ) -> bool:
         if location.node_id not in self.connected:
             return False
         self.pending.start(call, location.node_id, location.client_id, timeout)
-        self.requests.append((location, method, params, timeout, stale))
-        self.calls.append(call)
+        if is_call:
+            self.requests.append((location, method, params, timeout, stale))
+            self.calls.append(call)
+        else:
+            self.notifications.append((location, method, params, timeout, stale))
+            self.notifying.append(FakeNotifying(self, call))
         self.on_call(call)
         self.pending.mark_sent(call)
         return True
 
+    def fence(self, location: Location) -> Deferred[None]:
+        self.fences.append((location, Deferred()))
+        return succeed(None) if self.fences_pass else self.fences[-1][1]
+
     def cancel(self, call: Call) -> None:
         self.cancelled_calls.append(call)
         self.pending.discard(call)
-
-    def notify(
-        self, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
-    ) -> Deferred[None]:
-        self.notifications.append((location, method, params, timeout, stale))
-        notifying: Deferred[None] = Deferred(self._cancelled)
-        self.notifying.append(notifying)
-        return notifying
 
     # Controlled by the test.
 

@@ -162,8 +162,10 @@ class Simulation:
         dispatcher, remote = self.dispatcher, self.dispatcher._remote
         pending_count = sum(not call.results for call in self.calls) + sum(not results for _, results in self.deferreds)
         self.test.assertEqual(len(dispatcher._pending) + len(remote), pending_count)
-        notifying = sum(not notifying.called for notifying in self.remote_nodes.notifying)
-        self.test.assertEqual(len(remote._deadlines) + len(self.remote_nodes.pending) + notifying, len(remote))
+        self.test.assertEqual(len(remote._deadlines) + len(self.remote_nodes.pending), len(remote))
+        waiting = [call for queue in remote.queues.values() for call in queue.waiting]
+        self.test.assertEqual(len(waiting), len(remote._deadlines))
+        self.test.assertEqual([call.number for call in waiting], sorted(call.number for call in waiting))
         self.test.assertEqual(dispatcher._pending._max_calls + len(remote), MAX_CALLS)
         lookups = sum(not lookup.called for lookup in self.lookups)
         connecting = sum(not connecting.called for _, connecting in self.remote_nodes.connecting)
