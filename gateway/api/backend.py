@@ -382,7 +382,7 @@ class BackendFactory(ServerFactory):
         self.max_in_progress = settings.max_calls
         self._ping_interval = settings.ping_interval
         self._ping_timeout = settings.ping_timeout
-        self._clock = reactor
+        self.timers = reactor
         self._connections: dict[BackendProtocol, None] = {}
         self._sweep_timer: IDelayedCall | None = None
 
@@ -390,7 +390,7 @@ class BackendFactory(ServerFactory):
         """Register an open connection."""
         self._connections[backend] = None
         if self._sweep_timer is None:
-            self._sweep_timer = self._clock.callLater(SWEEP_INTERVAL, self._sweep)
+            self._sweep_timer = self.timers.callLater(SWEEP_INTERVAL, self._sweep)
 
     def discard(self, backend: BackendProtocol) -> None:
         """Remove a closed connection."""
@@ -410,8 +410,8 @@ class BackendFactory(ServerFactory):
 
         Overdue time is counted in sweeps, not by the clock: a process that was stopped could not receive a pong.
         """
-        self._sweep_timer = self._clock.callLater(SWEEP_INTERVAL, self._sweep)
-        now = self._clock.seconds()
+        self._sweep_timer = self.timers.callLater(SWEEP_INTERVAL, self._sweep)
+        now = self.timers.seconds()
         for backend in list(self._connections):
             backend.congested_for += SWEEP_INTERVAL
             if now - backend.last_received_at < self._ping_interval:

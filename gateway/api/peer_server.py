@@ -401,7 +401,7 @@ class PeerServerProtocol(BackendProtocol):
         #: the requests in ``_in_progress``, by raw id
         self._requests_by_id: dict[bytes, Deferred[Reply] | PeerCall] = {}
         #: held for a client while a message to it waits
-        self.client_locks = KeyedLocks()
+        self.client_locks = KeyedLocks(self.factory.timers)
         self._locked_clients = self.client_locks.held
         super().opened()
 

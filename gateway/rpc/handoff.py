@@ -53,16 +53,16 @@ class HandoffTracker:
         if key.generation > self._generations.get(key.client_id, key.generation):
             self._finish(key.client_id)
 
-    def wait(self, client_id: str) -> Deferred[None] | None:
+    def wait(self, client_id: str, timeout: float = HANDOFF_TIMEOUT) -> Deferred[None] | None:
         """Return a Deferred if the client is in handoff, else ``None``.
 
-        It fires with ``None`` when the handoff finishes, or after ``HANDOFF_TIMEOUT`` seconds. Cancelling it only stops
-        the wait.
+        It fires with ``None`` when the handoff finishes, or after ``timeout`` seconds. Cancelling it only stops the
+        wait.
         """
-        if client_id not in self._generations:
+        if timeout <= 0 or client_id not in self._generations:
             return None
         waiter = self._waiters.setdefault(client_id, Observers()).observe()
-        return waiter.addTimeout(HANDOFF_TIMEOUT, self._clock, lambda failure, timeout: None)
+        return waiter.addTimeout(timeout, self._clock, lambda failure, timeout: None)
 
     def _finish(self, client_id: str) -> None:
         del self._generations[client_id]

@@ -43,7 +43,7 @@ from gateway.protocol.jsonrpc import encode_notification
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.errors import NotDelivered
-from gateway.rpc.handoff import HandoffTracker
+from gateway.rpc.handoff import HANDOFF_TIMEOUT, HandoffTracker
 from gateway.rpc.interface import IMembership, IRemoteNodes
 from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LocationCache
@@ -232,6 +232,7 @@ class RemoteCall(Call):
         "params",
         "queue",
         "reason",
+        "started_at",
         "waiting_for",
     )
 
@@ -242,6 +243,9 @@ class RemoteCall(Call):
     location: Location | None
     #: the error at the deadline while it waits; ``None`` while a node keeps the deadline
     error_kind: ErrorKind | None
+    #: times of the clock
+    started_at: float
+    deadline: float
     #: its place in the order of all messages
     number: int
     #: the client's queue, once it waits or is at a node
@@ -261,15 +265,17 @@ class RemoteCall(Call):
         client_id: str,
         method: str,
         params: bytes | None,
-        deadline: float,
+        timeout: float,
     ) -> None:
+        """``timeout`` is in seconds."""
         self.delivery = delivery
         self.number = number
         self.origin = origin
         self.client_id = client_id
         self.method = method
         self.params = params
-        self.deadline = deadline
+        self.started_at = now = delivery._seconds()
+        self.deadline = now + timeout
         self.location = self.error_kind = self.waiting_for = self.reason = None
         self.failures: tuple[FailureReason, ...] = ()
         origin.owner = self
@@ -361,7 +367,7 @@ class RemoteDelivery:
         try:
             self._local.validate(client_id, method, params, SAMPLE_ID)
             self._check_capacity(client_id)
-            remote_call = RemoteCall(self, call, next(self._numbers), client_id, method, params, now + timeout)
+            remote_call = RemoteCall(self, call, next(self._numbers), client_id, method, params, timeout)
             called = self._try_send(remote_call, location, now, timeout)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
             self._metrics.calls += 1
@@ -404,8 +410,7 @@ class RemoteDelivery:
         except RpcError as e:
             self._failures.record(e)
             raise
-        deadline = self._seconds() + timeout
-        self._start(RemoteCall(self, call, next(self._numbers), client_id, method, params, deadline))
+        self._start(RemoteCall(self, call, next(self._numbers), client_id, method, params, timeout))
 
     def notify(self, client_id: str, method: str, params: bytes | None, timeout: float) -> Deferred[None]:
         """Notify a client, wherever it is connected. Fires when the message was written to its transport. Raises
@@ -415,7 +420,7 @@ class RemoteDelivery:
         notification = DeferredNotification(self._cancel_notification)
         now = self._seconds()
         number = next(self._numbers)
-        message = RemoteNotification(self, notification, number, client_id, method, params, now + timeout)
+        message = RemoteNotification(self, notification, number, client_id, method, params, timeout)
         location = self._location_to_follow(client_id, now)
         if location is None or not self._try_send(message, location, now, timeout):
             message.origin = notification
@@ -606,7 +611,9 @@ class RemoteDelivery:
         if await self._try_local(call):
             return
         reason = call.reason
-        if reason is None and (handoff := self._handoffs.wait(call.client_id)) is not None:
+        # Counted from the start of each message, however long those before it have waited.
+        patience = call.started_at + HANDOFF_TIMEOUT - self._seconds()
+        if reason is None and (handoff := self._handoffs.wait(call.client_id, patience)) is not None:
             await self._wait_for(call, handoff, ErrorKind.NOT_CONNECTED)
         location, stale = await self._retry_policy.next_location(
             call.client_id, call.deadline, call.location, reason, partial(self._wait_for, call)

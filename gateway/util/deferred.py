@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 
 T = TypeVar("T")
@@ -60,9 +61,14 @@ class Observers(Generic[T]):
 
 
 class KeyedLocks:
-    """Locks by key, each first come, first served. A lock takes memory only while it is held."""
+    """Locks by key, each first come, first served. A lock takes memory only while it is held.
 
-    def __init__(self) -> None:
+    A lock is passed on in the next reactor iteration, so that what its holder does after the release, such as sending a
+    response, comes before all that the next one does.
+    """
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
         #: the keys of the locks that are held, with what waits for each
         self.held: dict[Hashable, deque[Deferred[None]]] = {}
 
@@ -78,6 +84,12 @@ class KeyedLocks:
 
     def release(self, key: Hashable) -> None:
         """Pass the lock on to the next in line, if there is one."""
+        if self.held[key]:
+            self._clock.callLater(0, self._pass_on, key)
+        else:
+            del self.held[key]
+
+    def _pass_on(self, key: Hashable) -> None:
         waiters = self.held[key]
         if waiters:
             waiters.popleft().callback(None)

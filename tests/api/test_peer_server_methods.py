@@ -173,6 +173,85 @@ class CallTests(PeerConnectionTestCase):
         self.assertEqual(self.delivered(), [])
 
 
+class OrderTests(PeerConnectionTestCase):
+    """Messages of one peer to one client, while the first of them waits for the client's claim."""
+
+    def setUp(self):
+        super().setUp()
+        del self.sessions.clients["x"]
+        self.sessions.claims["x"] = Deferred()
+        self.request("a", "client.notify", {"client": "x", "generation": 9, "method": "first"})
+
+    def request(self, id, method, params):
+        self.peer.send_message({"jsonrpc": "2.0", "id": id, "method": method, "params": params})
+
+    def delivered(self):
+        return [method for _, method, _ in self.dispatcher.session_notifications]
+
+    def test_later_messages_wait(self):
+        self.request("b", "client.notify", {"client": "x", "generation": 9, "method": "second"})
+        self.sessions.add("x", 9)
+        self.request("c", "client.notify", {"client": "x", "generation": 9, "method": "third"})
+        self.assertEqual(self.delivered(), [])
+        self.sessions.claims.pop("x").callback(None)
+        self.clock.pump([0, 0])
+        self.assertEqual(self.delivered(), ["first", "second", "third"])
+        self.assertEqual([message["id"] for message in self.peer.messages()], ["a", "b", "c"])
+        self.request("d", "client.notify", {"client": "x", "generation": 9, "method": "fourth"})
+        self.assertEqual(self.delivered()[-1], "fourth")
+
+    def test_other_clients_do_not_wait(self):
+        self.sessions.add("y", 7)
+        self.request("b", "client.notify", {"client": "y", "generation": 7, "method": "other"})
+        self.assertEqual(self.delivered(), ["other"])
+
+    def test_fence_waits_for_what_came_before(self):
+        self.request("b", "client.notify", {"client": "x", "generation": 8, "method": "second"})
+        self.request("f", "peer.fence", {"client": "x"})
+        self.request("g", "peer.fence", {"client": "y"})
+        self.assertEqual(self.peer.messages(), [{"jsonrpc": "2.0", "id": "g", "result": None}])
+        self.sessions.finish_claim("x", 9)
+        self.clock.pump([0, 0])
+        first, second, fence = self.peer.messages()
+        self.assertEqual((first["id"], second["error"]["code"], fence["id"]), ("a", -32001, "f"))
+
+    def test_request_that_is_cancelled_while_it_waits(self):
+        self.request("b", "client.notify", {"client": "x", "generation": 9, "method": "second"})
+        self.peer.send_message({"jsonrpc": "2.0", "method": "peer.cancel", "params": {"id": "b"}})
+        self.request("c", "client.notify", {"client": "x", "generation": 9, "method": "third"})
+        self.sessions.finish_claim("x", 9)
+        self.clock.advance(0)
+        self.assertEqual(self.delivered(), ["first", "third"])
+
+    def test_first_one_is_cancelled(self):
+        self.request("b", "client.notify", {"client": "x", "generation": 9, "method": "second"})
+        self.peer.send_message({"jsonrpc": "2.0", "method": "peer.cancel", "params": {"id": "a"}})
+        self.clock.advance(0)
+        self.sessions.finish_claim("x", 9)
+        self.assertEqual(self.delivered(), ["second"])
+
+    def test_deadline_passes_while_it_waits(self):
+        self.request("b", "client.call", {"client": "x", "generation": 9, "method": "second", "timeout": 1})
+        self.clock.advance(2)
+        self.sessions.finish_claim("x", 9)
+        self.clock.advance(0)
+        error = next(message["error"] for message in self.peer.messages() if message["id"] == "b")
+        self.assertEqual((error["code"], error["data"]["sent"]), (-32004, False))
+        self.assertEqual(self.dispatcher.session_calls, [])
+
+    def test_peer_that_is_gone(self):
+        self.request("b", "client.notify", {"client": "x", "generation": 9, "method": "second"})
+        self.peer.disconnect()
+        self.sessions.finish_claim("x", 9)
+        self.assertEqual(self.delivered(), [])
+
+    def test_bad_params(self):
+        for params in ({}, {"client": "?"}, []):
+            self.request("f", "peer.fence", params)
+            (message,) = self.peer.messages()
+            self.assertEqual(message["error"]["code"], -32602)
+
+
 class NotifyTests(PeerConnectionTestCase):
     """client.notify."""
 

@@ -124,6 +124,7 @@ class DispatcherTestCase(SynchronousTestCase):
             self.assertEqual((pending._calls, pending._owners, pending._slots), ({}, {}, {}))
         self.assertEqual(self.dispatcher._pending._max_calls, MAX_CALLS)
         self.assertEqual((self.dispatcher._inbound._calls, self.dispatcher._locations._lookups), ({}, {}))
+        self.assertEqual(remote.queues, {})
 
 
 class RemoteDeliveryTestCase(DispatcherTestCase):

@@ -73,9 +73,12 @@ class PeerClientCase(SynchronousTestCase):
         params: bytes | None = None,
         timeout: float = 30.0,
         stale: bool = False,
+        is_call: bool = True,
     ) -> RecordingCall:
         call = RecordingCall()
-        call.started = self.peer_client.try_call(call, target or location(), "m", params, timeout, stale=stale)
+        call.started = self.peer_client.try_send(
+            call, target or location(), "m", params, timeout, is_call=is_call, stale=stale
+        )
         return call
 
     def start_connected_call(self, timeout: float = 30.0) -> tuple[Any, RecordingCall]:

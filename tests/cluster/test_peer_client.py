@@ -23,15 +23,15 @@ from gateway.cluster.peer_client import (
     TIMEOUT_GRACE,
     OwnershipOutbox,
 )
-from gateway.cluster.peer_pool import MIN_ABSENCES
+from gateway.cluster.peer_pool import MIN_ABSENCES, NO_RESPONSE
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import encode
 from gateway.registry.interface import Assignment, SessionKey
-from gateway.rpc.errors import NotDelivered, NotDeliveredError
+from gateway.rpc.errors import NotDelivered
 from gateway.rpc.interface import IRemoteNodes
 from gateway.rpc.pending import Reply
 from tests.builders.peer_client import SECRET, PeerClientCase, RecordingCall
-from tests.fakes.peer import A, B, C, location, node_status
+from tests.fakes.peer import A, B, C, RemotePeer, location, node_status
 
 
 class FailingCall(RecordingCall):
@@ -139,7 +139,7 @@ class CallTests(PeerClientCase):
 
     def test_not_delivered_handler_that_fails(self) -> None:
         peer = self.connected_peer()
-        self.assertTrue(self.peer_client.try_call(FailingCall(), location(), "m", None, 30.0))
+        self.assertTrue(self.peer_client.try_send(FailingCall(), location(), "m", None, 30.0))
         peer.last = peer.requests()[-1]
         peer.respond_error(peer.last, -32001)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
@@ -251,53 +251,78 @@ class CallTests(PeerClientCase):
 
 
 class NotifyTests(PeerClientCase):
+    def notify(self, params: bytes | None = None, **options: Any) -> RecordingCall:
+        return self.start_call(params=params, timeout=5.0, is_call=False, **options)
+
     def test_notify(self) -> None:
         peer = self.connected_peer()
-        notifying = self.peer_client.notify(location(), "m", b"[1]", 5.0)
+        notification = self.notify(b"[1]", stale=True)
         (request,) = peer.requests()
-        params = {"client": "x", "generation": 7, "method": "m", "params": [1]}
+        params = {"client": "x", "generation": 7, "method": "m", "params": [1], "stale": True}
         self.assertEqual((request["method"], request["params"]), ("client.notify", params))
-        self.assertNoResult(notifying)
+        self.assertEqual(notification.results, [])
         peer.respond(request)
-        self.assertIsNone(self.successResultOf(notifying))
+        self.assertEqual(notification.results, [Reply(b"null", None)])
 
     def test_without_a_connection(self) -> None:
-        notifying = self.peer_client.notify(location(), "m", None, 5.0, stale=True)
-        peer = self.net.open()
-        (request,) = peer.requests()
-        self.assertEqual(request["params"], {"client": "x", "generation": 7, "method": "m", "stale": True})
-        peer.respond(request)
-        self.assertIsNone(self.successResultOf(notifying))
-
-    def test_no_connection_in_time(self) -> None:
-        notifying = self.peer_client.notify(location(), "m", None, 1.0)
-        self.net.advance(1.0)
-        error = self.failureResultOf(notifying, RpcError).value
-        self.assertEqual((error.kind, error.sent, error.client_id), (ErrorKind.NODE_UNREACHABLE, False, "x"))
+        self.assertFalse(self.notify().started)
 
     def test_not_delivered(self) -> None:
         peer = self.connected_peer()
-        notifying = self.peer_client.notify(location(), "m", None, 5.0)
+        notification = self.notify()
         peer.respond_error(peer.requests()[0], -32007)
-        self.assertIs(self.failureResultOf(notifying, NotDeliveredError).value.reason, NotDelivered.LEASE_LOST)
+        self.assertEqual(notification.not_delivered_reasons, [NotDelivered.LEASE_LOST])
 
     def test_errors(self) -> None:
         peer = self.connected_peer()
-        notifying = [self.peer_client.notify(location(), "m", None, 5.0) for _ in range(3)]
+        first, second = self.notify(), self.notify()
         peer.respond_error(peer.requests()[0], -32602, data={"detail": "d"})
-        self.assertEqual(self.failureResultOf(notifying[0], RpcError).value.kind, ErrorKind.INVALID_PARAMS)
+        self.assert_failed(first, ErrorKind.INVALID_PARAMS, False, "d")
         self.net.advance(5.1)
-        self.assertEqual(self.failureResultOf(notifying[1], RpcError).value.kind, ErrorKind.NODE_UNREACHABLE)
-        self.failureResultOf(notifying[2], RpcError)
-        too_large = self.peer_client.notify(location(), "m", b'"%b"' % (b"x" * self.max_message_size), 5.0)
-        self.assertEqual(self.failureResultOf(too_large, RpcError).value.kind, ErrorKind.TOO_LARGE)
+        self.assert_failed(second, ErrorKind.NODE_UNREACHABLE, True, NO_RESPONSE)
+        with self.assertRaises(RpcError) as caught:
+            self.notify(b'"%b"' % (b"x" * self.max_message_size))
+        self.assertEqual(caught.exception.kind, ErrorKind.TOO_LARGE)
 
     def test_cancelled(self) -> None:
-        self.connected_peer()
-        notifying = self.peer_client.notify(location(), "m", None, 5.0)
-        notifying.cancel()
-        self.failureResultOf(notifying, CancelledError)
+        peer = self.connected_peer()
+        notification = self.notify()
+        peer.requests()
+        self.peer_client.cancel(notification)
+        self.assertEqual([request["method"] for request in peer.requests()], ["peer.cancel"])
         self.assertEqual(self.peer_client.requests_in_flight(), 0)
+
+
+class FenceTests(PeerClientCase):
+    def fence(self, headers: bytes = b"Wsgateway-Features: fence\r\n") -> tuple[RemotePeer, Deferred[None]]:
+        self.peer_client.connect(location())
+        return self.net.accept().open(headers), self.peer_client.fence(location())
+
+    def test_fence(self) -> None:
+        peer, fence = self.fence()
+        (request,) = peer.requests()
+        self.assertEqual((request["method"], request["params"]), ("peer.fence", {"client": "x"}))
+        self.assertNoResult(fence)
+        peer.respond(request)
+        self.successResultOf(fence)
+
+    def test_older_node(self) -> None:
+        peer, fence = self.fence(b"")
+        self.successResultOf(fence)
+        self.assertEqual(peer.requests(), [])
+
+    def test_without_a_connection(self) -> None:
+        self.successResultOf(self.peer_client.fence(location()))
+
+    def test_connection_lost(self) -> None:
+        peer, fence = self.fence()
+        peer.disconnect()
+        self.successResultOf(fence)
+
+    def test_any_error(self) -> None:
+        peer, fence = self.fence()
+        peer.respond_error(peer.requests()[0], -32601)
+        self.successResultOf(fence)
 
 
 class RequestTests(PeerClientCase):

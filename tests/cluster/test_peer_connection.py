@@ -451,7 +451,7 @@ class SocketTests(TestCase):
 
     def call(self, peer_client: PeerClient, target: Any, params: bytes) -> DeferredCall:
         call = DeferredCall(peer_client.cancel)
-        self.assertTrue(peer_client.try_call(call, target, "m", params, 30.0))
+        self.assertTrue(peer_client.try_send(call, target, "m", params, 30.0))
         return call
 
     async def test_tcp(self) -> None:

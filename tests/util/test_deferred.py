@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.util.deferred import Observers, detached
+from gateway.util.deferred import KeyedLocks, Observers, detached
 
 
 class DetachedTests(SynchronousTestCase):
@@ -69,3 +70,52 @@ class ObserversTests(SynchronousTestCase):
         first.addCallback(lambda _: second.cancel())
         waiters.callback(1)
         self.failureResultOf(second, CancelledError)
+
+
+class KeyedLocksTests(SynchronousTestCase):
+    def test_free(self) -> None:
+        clock = Clock()
+        locks = KeyedLocks(clock)
+        self.successResultOf(locks.acquire("x"))
+        self.successResultOf(locks.acquire("y"))
+        locks.release("x")
+        locks.release("y")
+        self.assertEqual(locks.held, {})
+
+    def test_first_come_first_served(self) -> None:
+        clock = Clock()
+        locks = KeyedLocks(clock)
+        locks.acquire("x")
+        second, third = locks.acquire("x"), locks.acquire("x")
+        locks.release("x")
+        self.assertNoResult(second)
+        clock.advance(0)
+        self.successResultOf(second)
+        self.assertNoResult(third)
+        locks.release("x")
+        clock.advance(0)
+        self.successResultOf(third)
+        locks.release("x")
+        self.assertEqual(locks.held, {})
+
+    def test_cancel(self) -> None:
+        clock = Clock()
+        locks = KeyedLocks(clock)
+        locks.acquire("x")
+        second, third = locks.acquire("x"), locks.acquire("x")
+        second.cancel()
+        self.failureResultOf(second, CancelledError)
+        locks.release("x")
+        clock.advance(0)
+        self.successResultOf(third)
+
+    def test_cancel_after_the_release(self) -> None:
+        clock = Clock()
+        locks = KeyedLocks(clock)
+        locks.acquire("x")
+        second = locks.acquire("x")
+        locks.release("x")
+        second.cancel()
+        self.failureResultOf(second, CancelledError)
+        clock.advance(0)
+        self.assertEqual(locks.held, {})
