@@ -151,7 +151,7 @@ class Run:
         def send_calls() -> None:
             node.cork.cork()
             for call in calls:
-                node.peers.try_call(call, node.location, "echo", self.params, 30.0)
+                node.peers.try_send(call, node.location, "echo", self.params, 30.0)
             node.cork.uncork()
 
         row["request"] = timed(send_calls, self.in_flight)
