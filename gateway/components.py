@@ -5,7 +5,8 @@ components need each other, the one made first gets a method of :class:`Componen
 is called:
 
     registry -> sessions, peer client           _claim_revoked()
-    membership -> node directory                _heartbeat_sent()
+    membership -> node directory, peer client   _heartbeat_sent()
+    registry -> peer client                     _exchange_floors()
     membership -> sessions, DNS registrar       _reclaim_sessions()
     node directory -> components made after it  _node_down(), _nodes_changed()
     sessions -> client factory                  _build_connection(), when a parked connection wakes
@@ -117,6 +118,7 @@ class Components:
             metrics=self.metrics,
             on_claim_revoked=self._claim_revoked,
             clock=self._monotonic,
+            collect_floors=self._exchange_floors,
         )
         self.membership = Membership(
             self.registry,
@@ -356,6 +358,14 @@ class Components:
 
     def _heartbeat_sent(self) -> None:
         self.node_directory.refresh()
+        self._exchange_floors().addCallback(self._floors_received)
+
+    def _exchange_floors(self) -> Deferred[list[int]]:
+        return self.peer_client.exchange_floors(self.registry.generation_floor)
+
+    def _floors_received(self, generations: list[int]) -> None:
+        for generation in generations:
+            self.registry.raise_generation_floor(generation)
 
     def _reclaim_sessions(self) -> Deferred[None]:
         """Claim every client again: the lease had expired, so other nodes may have claimed clients of this node, and

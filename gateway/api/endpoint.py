@@ -308,6 +308,7 @@ class BackendEndpoint:
             methods=PeerMethods(
                 dispatcher=dispatcher,
                 sessions=sessions,
+                registry=registry,
                 node=node,
                 membership=membership,
                 clock=reactor,

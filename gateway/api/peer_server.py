@@ -12,6 +12,7 @@ Methods, none of which is ever forwarded to a third node:
     client.call         {"client","generation","method","params"?,"timeout"?,"stale"?}   the client's result or error
     client.notify       {"client","generation","method","params"?,"stale"?}   null, once the client's transport has it
     peer.fence          {"client"}                                null, once nothing for that client waits any more
+    peer.floor          {"generation"}                            {"generation"}, the highest that this node knows of
     peer.cancel         {"id"}                                    null; the call of that id is forgotten
     peer.has            {"client","generation"}                   whether this node takes clients, and has this session
     peer.close          {"client","generation","code","reason"}   whether it was here; sent once its row is gone
@@ -77,7 +78,7 @@ from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import SessionKey
+from gateway.registry.interface import IRegistry, SessionKey
 from gateway.rpc.interface import IDispatcher, IMembership
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.settings import Settings, reserved_files
@@ -116,6 +117,10 @@ class _CancelParams(msgspec.Struct, gc=False):
     id: Raw
 
 
+class _FloorParams(msgspec.Struct, gc=False):
+    generation: Annotated[int, Meta(ge=0, le=2**62)]
+
+
 class _FenceParams(msgspec.Struct, gc=False):
     client: str
 
@@ -142,6 +147,7 @@ class _PrefixParams(msgspec.Struct, gc=False):
 
 _decode_call = msgspec.json.Decoder(PeerCallParams).decode
 _decode_cancel = msgspec.json.Decoder(_CancelParams).decode
+_decode_floor = msgspec.json.Decoder(_FloorParams).decode
 _decode_fence = msgspec.json.Decoder(_FenceParams).decode
 _decode_session = msgspec.json.Decoder(_SessionParams).decode
 _decode_close = msgspec.json.Decoder(_CloseParams).decode
@@ -172,6 +178,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         *,
         dispatcher: IDispatcher,
         sessions: IClientSessions,
+        registry: IRegistry,
         node: INode,
         membership: IMembership,
         clock: IReactorTime,
@@ -183,6 +190,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
             "client.call": self._client_call,
             "client.notify": self._client_notify,
             "peer.fence": self._peer_fence,
+            "peer.floor": self._peer_floor,
             "peer.cancel": self._peer_cancel,
             "peer.has": self._peer_has,
             "peer.close": self._peer_close,
@@ -195,6 +203,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         }
         super().__init__(dispatcher, table)
         self._sessions = sessions
+        self._registry = registry
         self._node = node
         self._membership = membership
         self._clock = clock
@@ -288,6 +297,10 @@ class PeerMethods(MethodTable[IPeerConnection]):
         return current == generation
 
     # This node.
+
+    def _peer_floor(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        self._registry.raise_generation_floor(decode_params(_decode_floor, params).generation)
+        return Reply(b'{"generation":%d}' % self._registry.generation_floor, None)
 
     def _peer_cancel(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         connection.cancel_request(bytes(decode_params(_decode_cancel, params).id))

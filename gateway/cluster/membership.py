@@ -6,8 +6,9 @@
     stable           -> reap             the rows of nodes whose leases have expired
     stop             -> leave
 
-A node is *stable* once it has sent heartbeats without a gap for one full lease. Before that it declares no other node
-dead: after an outage of the database, every lease looks expired.
+A node is *stable* once it has sent heartbeats without a gap for one full lease, while the database's clock moved as its
+own (registry/clock.py). Before that it declares no other node dead: after an outage of the database, or a step of its
+clock, every lease looks expired.
 """
 
 from __future__ import annotations
@@ -305,7 +306,7 @@ class Membership:
         if was_failing:
             away = self._monotonic() - self._failed_since
             self._log.info("the registry answers again, after {away:.1f} s", away=away)
-        if was_failing or not held or sent - self._renewed_at >= self._lease:
+        if was_failing or not held or sent - self._renewed_at >= self._lease or not self._registry.clock_is_steady():
             self._stable_since = sent
         self._lease_state = LeaseState.HELD
         self._failed_at = -math.inf

@@ -8,6 +8,7 @@
     -> client.notify {"client","generation","method","params"?,"stale"?}     <- null
     -> {"jsonrpc":"2.0","method":"peer.cancel","params":{"id":U}}            the caller has given up that call
     -> peer.fence {"client"}      <- null, once all earlier messages for that client are written to it, or have failed
+    -> peer.floor {"generation"}                                             <- {"generation":8}
     -> peer.has {"client","generation"}                                      <- true or false
     -> peer.close {"client","generation","code","reason"}                    <- true or false
     -> peer.moved {"client","generation","node"}                             <- null

@@ -6,6 +6,7 @@ router        has_client(), has_room()                 peer.has, peer.has_room
               notify_takeover()                        peer.moved
               notify_claim_revoked()                   peer.taken_back
 rebalancer    has_room()                               peer.has_room
+registry      exchange_floors()                        peer.floor
 API           close_session(), notify_prefix()         peer.close, peer.notify_prefix
               drain(), rebalance()                     peer.drain, peer.rebalance
 
@@ -18,6 +19,7 @@ repeated until the node acknowledges it, or is gone:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -135,6 +137,8 @@ class OwnershipOutbox:
 TIMEOUT_GRACE = 0.2
 #: timeout of peer.fence, in seconds: beyond it the connection has long been found dead
 FENCE_TIMEOUT = 60.0
+#: timeout of peer.floor: less than a client waits for its claim, in seconds
+FLOOR_TIMEOUT = 2.0
 #: default timeout of requests to a node itself, in seconds
 REQUEST_TIMEOUT = 5.0
 #: timeout of peer.notify_prefix, which is paced to about 10,000 clients per second, in seconds
@@ -159,6 +163,11 @@ class _RebalanceResult(msgspec.Struct):
     moving: int
 
 
+class _FloorResult(msgspec.Struct):
+    generation: int
+
+
+_decode_floor = msgspec.json.Decoder(_FloorResult).decode
 _decode_notify_prefix = msgspec.json.Decoder(_NotifyPrefixResult).decode
 _decode_rebalance = msgspec.json.Decoder(_RebalanceResult).decode
 
@@ -348,6 +357,16 @@ class PeerClient:
             pass
         raise PeerUnreachableError(f"{method}: the node's response cannot be read", sent=True)
 
+    def exchange_floors(self, generation: int) -> Deferred[list[int]]:
+        """Tell all connected nodes the highest generation that this one knows of; fires with those that they know of,
+        after :data:`FLOOR_TIMEOUT` at the latest. Does not fail."""
+        requests = [
+            self._pool.request(node_id, "", "peer.floor", encode_params(generation=generation), FLOOR_TIMEOUT)
+            for node_id, connection in self._connections.items()
+            if Feature.FLOOR in connection.features
+        ]
+        return DeferredList(requests, consumeErrors=True).addCallback(_decode_floors)
+
     # Ownership notices.
 
     def notify_takeover(self, location: Location, generation: int) -> None:
@@ -408,6 +427,16 @@ def _convert_unreachable(failure: Failure, client_id: str) -> Failure:
     if not failure.check(PeerUnreachableError):
         return failure
     return Failure(RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail=failure.getErrorMessage()))
+
+
+def _decode_floors(outcomes: list[tuple[bool, Any]]) -> list[int]:
+    """Return the generations in the responses that can be read."""
+    floors = []
+    for succeeded, reply in outcomes:
+        if succeeded and reply.result is not None:
+            with contextlib.suppress(msgspec.DecodeError):
+                floors.append(_decode_floor(reply.result).generation)
+    return floors
 
 
 def _decode_bool(result: bytes) -> bool:

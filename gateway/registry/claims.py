@@ -67,6 +67,8 @@ class Owner:
     live: bool
     #: whether it was below its capacity at its last heartbeat
     has_room: bool = True
+    #: microseconds since 1970
+    heartbeat_at: int = 0
 
     @property
     def accepts_clients(self) -> bool:
@@ -118,6 +120,7 @@ class _Snapshot:
     lease_valid: bool
     owners: dict[int, Owner]
     assignments: dict[str, int]
+    floor: int = 0
     #: client_id -> index of its winning claim in the batch: earlier claims of that client are superseded
     winners: dict[str, int] = attrs.field(factory=dict)
 
@@ -158,18 +161,20 @@ def resolve(
     lease_valid: bool,
     owners: dict[int, Owner] | None = None,
     assignments: dict[str, int] | None = None,
+    floor: int = 0,
 ) -> Resolution:
     """Resolve a batch.
 
     ``rows`` are the clients' rows before the batch, ``node`` is this node's number, ``now`` the database's clock in
     microseconds. Without ``lease_valid``, the state of this node's lease, nothing is claimed. ``owners`` has the other
     nodes of these rows and assignments, by number; a row of a node that is not among them has no owner.
-    ``assignments`` maps clients to the numbers of the nodes that they are assigned to.
+    ``assignments`` maps clients to the numbers of the nodes that they are assigned to. New generations are higher than
+    ``floor``.
     """
     resolution = Resolution()
     #: client_id -> its row after the requests so far, where they changed it
     current: dict[str, Row | None] = {}
-    snapshot = _Snapshot(rows, node, now, lease_valid, owners or {}, assignments or {})
+    snapshot = _Snapshot(rows, node, now, lease_valid, owners or {}, assignments or {}, floor)
     if len({request.client_id for request in batch}) < len(batch):
         snapshot.find_winners(batch)
     for index, request in enumerate(batch):
@@ -220,5 +225,6 @@ def _resolve_claim(
         return conflict, row
     if row is not None and row.node != snapshot.node and row.node in snapshot.owners:
         request.previous_owner = snapshot.owners[row.node].location(request.client_id, row)
-    row = Row(snapshot.node, now if row is None else max(row.generation + 1, now), now, request.address)
+    generation = max(now, snapshot.floor + 1) if row is None else max(row.generation + 1, now, snapshot.floor + 1)
+    row = Row(snapshot.node, generation, now, request.address)
     return Claim(row.generation, row.connected_at / 1e6, request.previous_owner), row

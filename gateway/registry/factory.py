@@ -9,7 +9,7 @@ from typing import Any
 
 from gateway.metrics import Metrics
 from gateway.registry.interface import OnClaimRevoked, ignore_claim_revoked
-from gateway.registry.sql import SQLRegistry
+from gateway.registry.sql import CollectFloors, SQLRegistry, no_floors
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError, Settings
 from gateway.util.files import FileError, read_bounded
@@ -27,8 +27,10 @@ def make_registry(
     metrics: Metrics,
     on_claim_revoked: OnClaimRevoked = ignore_claim_revoked,
     clock: Callable[[], float] = time.monotonic,
+    collect_floors: CollectFloors = no_floors,
 ) -> SQLRegistry:
-    """Make the registry that the settings name. It is not opened yet. ``clock`` is a monotonic clock, in seconds.
+    """Make the registry that the settings name. It is not opened yet. ``clock`` is a monotonic clock, in seconds;
+    ``collect_floors`` asks the other nodes for the highest generations that they know of.
 
     Raises ``ConfigError`` for an invalid URL or file. Errors that need a connection are left to the registry's
     ``check``.
@@ -44,6 +46,8 @@ def make_registry(
             metrics=metrics,
             clock=clock,
             on_claim_revoked=on_claim_revoked,
+            heartbeat=settings.heartbeat,
+            collect_floors=collect_floors,
         )
     if not colon or scheme != "mysql":
         shown = scheme if scheme.isprintable() else repr(scheme)
@@ -65,6 +69,8 @@ def make_registry(
         metrics=metrics,
         clock=clock,
         on_claim_revoked=on_claim_revoked,
+        heartbeat=settings.heartbeat,
+        collect_floors=collect_floors,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import attrs
 from twisted.internet.defer import Deferred
-from zope.interface import Interface
+from zope.interface import Attribute, Interface
 
 
 class SessionKey(NamedTuple):
@@ -142,6 +142,15 @@ class IRegistry(Interface):
         Fires with ``False`` if the lease had expired, or if the row was gone and was inserted again: then every
         connected client must be reclaimed.
         """
+
+    generation_floor: int = Attribute("The highest generation that this node knows of, in the whole fleet.")
+
+    def raise_generation_floor(generation: int) -> None:
+        """Take note of a generation that another node knows of: the generations of later claims are higher."""
+
+    def clock_is_steady() -> bool:
+        """Whether the database's clock has moved as this node's own for one lease, as of the last heartbeat. If not, no
+        node can be considered dead."""
 
     def leave() -> Deferred[None]:
         """Remove this node's row, and the rows of all clients that it still owns."""

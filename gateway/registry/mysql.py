@@ -45,7 +45,7 @@ from gateway.registry.errors import RegistryError
 from gateway.registry.interface import IRegistry, OnClaimRevoked, ignore_claim_revoked
 from gateway.registry.job_queue import ErrorKind, Priority
 from gateway.registry.mysql_driver import RECONNECT_ERRORS, Connection
-from gateway.registry.sql import BATCH_DELAY, SQLRegistry
+from gateway.registry.sql import BATCH_DELAY, CollectFloors, SQLRegistry, no_floors
 from gateway.settings import ConfigError
 
 DEFAULT_PORT = 3306
@@ -487,6 +487,8 @@ class MySQLRegistry(SQLRegistry):
         make_pool: Callable[..., Any] = adbapi.ConnectionPool,
         batch_delay: float = BATCH_DELAY,
         on_claim_revoked: OnClaimRevoked = ignore_claim_revoked,
+        heartbeat: float | None = None,
+        collect_floors: CollectFloors = no_floors,
     ) -> None:
         super().__init__(
             MySQL(server, password, lease),
@@ -497,4 +499,6 @@ class MySQLRegistry(SQLRegistry):
             make_pool=make_pool,
             batch_delay=batch_delay,
             on_claim_revoked=on_claim_revoked,
+            heartbeat=heartbeat,
+            collect_floors=collect_floors,
         )

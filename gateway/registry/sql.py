@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
@@ -20,13 +20,17 @@ import attrs
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.metrics import Metrics
 from gateway.registry.batching import LookupBatcher, SubmitBatch, WriteBatcher
+from gateway.registry.clock import DatabaseClock
 from gateway.registry.dialect import Dialect
 from gateway.registry.division import BatchLimit, run_divided
 from gateway.registry.errors import LeaseLostError, RegistryRefusedError, RegistryUnavailableError
+from gateway.registry.generations import GenerationFloor
 from gateway.registry.interface import (
     ALWAYS_TAKE_OVER,
     Assignment,
@@ -46,10 +50,12 @@ from gateway.registry.statements import (
     MAX_CLIENT_ID_LENGTH,
     MAX_DEAD_NODES,
     MAX_REMOVED_ROWS,
+    HeartbeatResult,
     LocalNode,
     Statements,
 )
 from gateway.settings import ConfigError
+from gateway.util.deferred import Observers
 
 T = TypeVar("T")
 
@@ -170,6 +176,15 @@ class RegistryState(enum.Enum):
     LEFT = enum.auto()
 
 
+#: asks the other nodes for the highest generation that each knows of; does not fail, and fires within a few seconds
+CollectFloors = Callable[[], "Deferred[list[int]]"]
+
+
+def no_floors() -> Deferred[list[int]]:
+    """There are no other nodes, as a :data:`CollectFloors`."""
+    return succeed([])
+
+
 @implementer(IRegistry)
 class SQLRegistry:
     """A registry in an SQL database.
@@ -177,6 +192,8 @@ class SQLRegistry:
     ``lease`` and ``batch_delay`` are in seconds. ``clock`` is monotonic (a reactor's clock may be set). ``make_pool``
     is ``adbapi.ConnectionPool``, or another callable of the same signature.
     """
+
+    _log = Logger()
 
     job_queue_factory: Callable[..., JobQueue] = JobQueue
 
@@ -187,11 +204,15 @@ class SQLRegistry:
         lease: float,
         reactor: Any,
         metrics: Metrics,
+        heartbeat: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         make_pool: Callable[..., Any] = adbapi.ConnectionPool,
         batch_delay: float = BATCH_DELAY,
         on_claim_revoked: OnClaimRevoked = ignore_claim_revoked,
+        collect_floors: CollectFloors = no_floors,
     ) -> None:
+        """``heartbeat``, in seconds, is how far the database's clock may move from this node's; by default a third of
+        the lease. ``collect_floors`` asks the other nodes for the highest generations that they know of."""
         self._database = database
         self._lease = lease
         self._reactor = reactor
@@ -200,7 +221,14 @@ class SQLRegistry:
         self._make_pool = make_pool
         self._batch_delay = batch_delay
         self._on_claim_revoked = on_claim_revoked
-        self._statements = Statements(database, lease)
+        self._collect_floors = collect_floors
+        self._database_clock = DatabaseClock(
+            clock, lease=lease, heartbeat=lease / 3 if heartbeat is None else heartbeat
+        )
+        self._floor = GenerationFloor()
+        #: claims that wait for the floors of other nodes; ``None``: they need not
+        self._floors_collected: Observers[None] | None = None
+        self._statements = Statements(database, lease, self._database_clock, self._floor)
         self._pools: list[SingleConnectionPool] = []
         #: by priority; writes may have more, see below
         self._queues: dict[Priority, JobQueue] = {}
@@ -294,9 +322,12 @@ class SQLRegistry:
     def join(self, node: NodeInfo) -> Deferred[None]:
         """Insert this node's row, in state ``up``. Counts as its first heartbeat."""
         info = attrs.evolve(node, name=_replace_surrogates(node.name))
-        return self._renew_lease(
-            "join", lambda connection: (True, self._statements.join(connection, info))
-        ).addCallback(_discard_result)
+
+        def work(connection: Any) -> tuple[HeartbeatResult, LocalNode]:
+            local_node = self._statements.join(connection, info)
+            return HeartbeatResult(True, False, local_node.heartbeat_at), local_node
+
+        return self._renew_lease("join", work).addCallback(_discard_result)
 
     def heartbeat(self, state: str, clients: int) -> Deferred[bool]:
         """Renew this node's lease, ahead of all queued work.
@@ -313,19 +344,22 @@ class SQLRegistry:
             ),
         )
 
-    def _renew_lease(self, operation: str, work: Work[tuple[bool, LocalNode]]) -> Deferred[bool]:
+    def _renew_lease(self, operation: str, work: Work[tuple[HeartbeatResult, LocalNode]]) -> Deferred[bool]:
         if Priority.HEARTBEAT not in self._queues:
             return fail(RegistryUnavailableError("the registry is not open"))
         sent_at = 0.0
 
-        def make_work() -> Work[tuple[bool, LocalNode]]:
+        def make_work() -> Work[tuple[HeartbeatResult, LocalNode]]:
             nonlocal sent_at
             sent_at = self._clock()
             return work
 
-        def renewed(result: tuple[bool, LocalNode] | None) -> bool:
+        def renewed(result: tuple[HeartbeatResult, LocalNode] | None) -> bool:
             assert result is not None
-            lease_held, self._local_node = result
+            (lease_held, lost_commits, now), self._local_node = result
+            self._observe_clock(now, sent_at)
+            if lost_commits:
+                self._wait_for_floors()
             self._renewed_at = sent_at
             if self._state is RegistryState.NOT_JOINED:
                 self._state = RegistryState.JOINED
@@ -336,6 +370,43 @@ class SQLRegistry:
             return lease_held
 
         return self._queues[Priority.HEARTBEAT].submit(Priority.HEARTBEAT, operation, make_work).addCallback(renewed)
+
+    def _observe_clock(self, now: int, sent_at: float) -> None:
+        step = self._database_clock.observe(now, sent_at)
+        if step:
+            text = "the database's clock was set by {step:+.1f} s: no node is considered dead for {lease:g} s"
+            self._log.warn(text, step=step, lease=self._lease)
+
+    def clock_is_steady(self) -> bool:
+        """Whether the database's clock has moved as this node's own for one lease, as of the last heartbeat."""
+        return self._database_clock.is_steady()
+
+    @property
+    def generation_floor(self) -> int:
+        """The highest generation that this node knows of."""
+        return self._floor.value
+
+    def raise_generation_floor(self, generation: int) -> None:
+        """Take note of a generation that another node knows of."""
+        self._floor.raise_to(generation)
+
+    def _wait_for_floors(self) -> None:
+        """Claim nothing before the other nodes have told which generations they know of: the database, which has lost
+        commits, may know less."""
+        if self._floors_collected is not None:
+            return
+        self._floors_collected = Observers()
+        self._collect_floors().addBoth(self._resume_claims)
+
+    def _resume_claims(self, floors: Iterable[int] | Failure) -> None:
+        if isinstance(floors, Failure):
+            self._log.failure("could not collect the generations of the other nodes", floors)
+        else:
+            for floor in floors:
+                self._floor.raise_to(floor)
+        waiting, self._floors_collected = self._floors_collected, None
+        if waiting is not None:
+            waiting.callback(None)
 
     def has_lease(self) -> bool:
         """Whether this node's lease is valid by its own clock, counted from before its last heartbeat was sent."""
@@ -368,6 +439,9 @@ class SQLRegistry:
             return fail(RegistryUnavailableError("the registry is not open"))
         if not self.has_lease():
             return fail(LeaseLostError("the lease of this node has expired"))
+        if self._floors_collected is not None and generation is None:
+            waiting = self._floors_collected.observe()
+            return waiting.addCallback(lambda _: self._request(client_id, address, generation, policy))
         return self._batcher.request(client_id, _replace_surrogates(address)[:MAX_ADDRESS_LENGTH], generation, policy)
 
     def release(self, key: SessionKey) -> Deferred[None]:

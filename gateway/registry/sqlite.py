@@ -23,7 +23,7 @@ from gateway.registry.dialect import ClientRow
 from gateway.registry.errors import RegistryError
 from gateway.registry.interface import IRegistry, OnClaimRevoked, ignore_claim_revoked
 from gateway.registry.job_queue import ErrorKind, Priority
-from gateway.registry.sql import BATCH_DELAY, SQLRegistry
+from gateway.registry.sql import BATCH_DELAY, CollectFloors, SQLRegistry, no_floors
 from gateway.settings import ConfigError
 
 #: seconds to wait for the lock of another process
@@ -218,6 +218,8 @@ class SQLiteRegistry(SQLRegistry):
         make_pool: Callable[..., Any] = adbapi.ConnectionPool,
         batch_delay: float = BATCH_DELAY,
         on_claim_revoked: OnClaimRevoked = ignore_claim_revoked,
+        heartbeat: float | None = None,
+        collect_floors: CollectFloors = no_floors,
     ) -> None:
         if path == ":memory:" or "\0" in path:
             raise ConfigError("registry", f"{path!r} is not the path of a file; write sqlite:PATH")
@@ -230,6 +232,8 @@ class SQLiteRegistry(SQLRegistry):
             make_pool=make_pool,
             batch_delay=batch_delay,
             on_claim_revoked=on_claim_revoked,
+            heartbeat=heartbeat,
+            collect_floors=collect_floors,
         )
 
 

@@ -21,12 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 
 from gateway.registry.claims import ClaimRequest, Outcome, Owner, ReleaseRequest, Resolution, Row, resolve
+from gateway.registry.clock import DatabaseClock, UnobservedClock
 from gateway.registry.dialect import Dialect
+from gateway.registry.generations import GenerationFloor
 from gateway.registry.interface import Assignment, Location, NodeInfo, NodeStatus, SessionKey
 from gateway.registry.schema_versions import transaction
 
@@ -61,6 +63,19 @@ class LocalNode:
     #: its ``id`` in the table ``nodes``
     number: int
     started_at: int
+    #: the last heartbeat that this node has written
+    heartbeat_at: int = 0
+
+
+class HeartbeatResult(NamedTuple):
+    """What a heartbeat has found."""
+
+    #: whether the lease was valid, so that no other node can have claimed clients of this one
+    lease_held: bool
+    #: whether this node's row was gone, or older than what was written last: the database has lost commits
+    lost_commits: bool
+    #: the database's clock, in microseconds since 1970
+    now: int
 
 
 def placeholders(values: Collection[object]) -> str:
@@ -90,8 +105,8 @@ def read_client_rows(cursor: Any, client_ids: list[str]) -> dict[str, Row]:
     }
 
 
-def read_owners(cursor: Any, dialect: Dialect, lease: int, numbers: set[int]) -> tuple[int, dict[int, Owner]]:
-    """Read the clock, and nodes by number, without those that have left. ``lease`` is in microseconds. The clock is 0
+def read_owners(cursor: Any, dialect: Dialect, clock: DatabaseClock, numbers: set[int]) -> tuple[int, dict[int, Owner]]:
+    """Read the clock, and nodes by number, without those that have left. ``clock`` judges their leases. The time is 0
     if none of these nodes has a row."""
     cursor.execute(
         f"SELECT {dialect.now_expression}, heartbeat_at, id, node_id, name, peer_url, public_url, state,"
@@ -101,18 +116,18 @@ def read_owners(cursor: Any, dialect: Dialect, lease: int, numbers: set[int]) ->
     now, owners = 0, {}
     for now, heartbeat, number, node_id, name, peer_url, public_url, state, room in cursor.fetchall():
         if heartbeat:
-            owners[number] = Owner(node_id, name, peer_url, public_url, state, heartbeat > now - lease, bool(room))
+            live = clock.is_live(heartbeat, now)
+            owners[number] = Owner(node_id, name, peer_url, public_url, state, live, bool(room), heartbeat)
     return now, owners
 
 
 def assign(
-    cursor: Any, dialect: Dialect, lease: int, client_ids: Sequence[str], node_id: str, *, binding: bool
+    cursor: Any, dialect: Dialect, clock: DatabaseClock, client_ids: Sequence[str], node_id: str, *, binding: bool
 ) -> list[str]:
     """Assign clients to a node, and return those that were assigned.
 
     Clients that were moved within :data:`MIGRATION_COOLDOWN` are left out; all are, if the node is gone or does not
-    accept clients. ``client_ids`` are sorted; ``lease`` is in microseconds. Without ``binding`` the clients are only
-    marked as moved.
+    accept clients. ``client_ids`` are sorted. Without ``binding`` the clients are only marked as moved.
     """
     cursor.execute("SELECT id FROM nodes WHERE node_id = ?", (node_id,))
     row = cursor.fetchone()
@@ -121,11 +136,12 @@ def assign(
     number = int(row[0])
     dialect.lock_assignments(cursor, client_ids)
     # The clock is read after the wait for locks.
-    now, owners = read_owners(cursor, dialect, lease, {number})
+    now, owners = read_owners(cursor, dialect, clock, {number})
     parameters, values = padded_placeholders(list(client_ids))
     cursor.execute(
-        f"SELECT client_id FROM placements WHERE client_id IN ({parameters}) AND moved_at > ?",
-        [*values, dialect.to_timestamp(now - MIGRATION_COOLDOWN)],
+        f"SELECT client_id FROM placements WHERE client_id IN ({parameters}) AND moved_at > ? AND moved_at <= ?",
+        # Not in the future, where a clock that was set back leaves it.
+        [*values, dialect.to_timestamp(now - MIGRATION_COOLDOWN), dialect.to_timestamp(now)],
     )
     moved_recently = {client_id for (client_id,) in cursor.fetchall()}
     assigned = [client_id for client_id in client_ids if client_id not in moved_recently]
@@ -146,17 +162,28 @@ def read_assignments(cursor: Any, client_ids: list[str]) -> dict[str, tuple[int,
     return {client_id: (node, expires_at) for client_id, node, expires_at in cursor.fetchall()}
 
 
-def find_assignments(cursor: Any, dialect: Dialect, lease: int, client_ids: list[str]) -> dict[str, Owner]:
+def find_assignments(cursor: Any, dialect: Dialect, clock: DatabaseClock, client_ids: list[str]) -> dict[str, Owner]:
     """Find the nodes that clients are assigned to, where the assignment is valid and the node accepts clients."""
     rows = read_assignments(cursor, client_ids)
     if not rows:
         return {}
-    now, owners = read_owners(cursor, dialect, lease, {number for number, _ in rows.values()})
+    now, owners = read_owners(cursor, dialect, clock, {number for number, _ in rows.values()})
     return {
         client_id: owners[number]
         for client_id, (number, expires_at) in rows.items()
-        if expires_at > now and number in owners and owners[number].accepts_clients
+        if is_assignment_valid(expires_at, now) and number in owners and owners[number].accepts_clients
     }
+
+
+def read_max_generation(cursor: Any) -> int:
+    """Read the highest generation that any node has told."""
+    cursor.execute("SELECT MAX(max_generation) FROM nodes")
+    return cursor.fetchone()[0] or 0
+
+
+def is_assignment_valid(expires_at: int, now: int) -> bool:
+    """Whether an assignment has not expired. One that expires too late was written before the clock was set back."""
+    return now < expires_at <= now + ASSIGNMENT_TTL
 
 
 def purge_assignments(cursor: Any, dialect: Dialect, first: str, limit: int) -> str | None:
@@ -186,12 +213,14 @@ def purge_assignments(cursor: Any, dialect: Dialect, first: str, limit: int) -> 
 def write_batch(
     cursor: Any,
     dialect: Dialect,
-    lease: int,
+    clock: DatabaseClock,
+    floor: GenerationFloor,
     local_node: LocalNode,
     batch: list[ClaimRequest | ReleaseRequest],
     maybe_written: MaybeWritten,
 ) -> list[Outcome]:
-    """Write a batch, as :func:`~gateway.registry.claims.resolve` decides. ``lease`` is in microseconds.
+    """Write a batch, as :func:`~gateway.registry.claims.resolve` decides. ``clock`` judges leases; new generations are
+    higher than ``floor``, which they raise.
 
     Appends to ``maybe_written`` each claim that may be written even if this, or the commit after it, raises. The claims
     that it already has are of an earlier try of the same batch: their rows are removed unless this try writes them too.
@@ -206,11 +235,30 @@ def write_batch(
     # The clock is read after the wait for locks: the generation of a claim is its time.
     dialect.lock_node_shared(cursor, local_node.info.node_id)
     numbers = {row.node for row in rows.values()} | {number for number, _ in assignments.values()}
-    now, owners = read_owners(cursor, dialect, lease, {local_node.number, *numbers})
+    now, owners = read_owners(cursor, dialect, clock, {local_node.number, *numbers})
     own = owners.pop(local_node.number, None)
-    lease_valid = own is not None and own.live and own.node_id == local_node.info.node_id
-    valid = {client_id: number for client_id, (number, expires_at) in assignments.items() if expires_at > now}
-    resolution = resolve(batch, rows, local_node.number, now, lease_valid, owners, valid)
+    # A row that is older than what this node wrote last is that of a database that has lost commits.
+    lease_valid = (
+        own is not None
+        and own.live
+        and own.node_id == local_node.info.node_id
+        and own.heartbeat_at >= local_node.heartbeat_at
+    )
+    valid = {
+        client_id: number
+        for client_id, (number, expires_at) in assignments.items()
+        if is_assignment_valid(expires_at, now)
+    }
+    floor.raise_to(clock.horizon(now))
+    is_behind = floor.is_ahead_of(now)
+    if is_behind:
+        floor.raise_to(read_max_generation(cursor))
+    resolution = resolve(
+        batch, rows, local_node.number, now, lease_valid, owners, valid, floor.value if is_behind else 0
+    )
+    floor.raise_to(max((row.generation for row in resolution.written.values()), default=0))
+    if is_behind and resolution.written:
+        cursor.execute("UPDATE nodes SET max_generation = ? WHERE id = ?", (floor.value, local_node.number))
     removed = {client_id: row.node for client_id, row in resolution.removed.items()}
     if maybe_written:
         removed |= _orphaned_claims(rows, local_node.number, resolution, maybe_written)
@@ -272,11 +320,20 @@ def _write_claims(
 
 
 class Statements:
-    """The statements of one registry. ``lease`` is in seconds."""
+    """The statements of one registry. ``lease`` is in seconds. By default the clock and the generations are judged by
+    what each transaction reads."""
 
-    def __init__(self, dialect: Dialect, lease: float) -> None:
+    def __init__(
+        self,
+        dialect: Dialect,
+        lease: float,
+        clock: DatabaseClock | None = None,
+        floor: GenerationFloor | None = None,
+    ) -> None:
         self._dialect = dialect
         self._lease = round(lease * 1e6)
+        self._clock = clock or UnobservedClock(lease)
+        self._floor = floor or GenerationFloor()
 
     def _read_clock(self, cursor: Any) -> int:
         cursor.execute(f"SELECT {self._dialect.now_expression}")
@@ -288,7 +345,8 @@ class Statements:
         with transaction(connection, self._dialect.begin_statement) as cursor:
             now = self._read_clock(cursor)
             number = self._insert_node(cursor, LocalNode(info, 0, now), None, "up", 0, now)
-            return LocalNode(info, number, now)
+            self._floor.raise_to(read_max_generation(cursor))
+            return LocalNode(info, number, now, now)
 
     def _insert_node(
         self, cursor: Any, local_node: LocalNode, number: int | None, state: str, clients: int, now: int
@@ -297,7 +355,7 @@ class Statements:
         cursor.execute("DELETE FROM nodes WHERE node_id = ?", (info.node_id,))
         cursor.execute(
             "INSERT INTO nodes (id, node_id, name, public_url, peer_url, state, clients, capacity, started_at,"
-            " heartbeat_at, version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " heartbeat_at, version, max_generation) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 number,
                 info.node_id,
@@ -310,18 +368,19 @@ class Statements:
                 to_timestamp(local_node.started_at),
                 to_timestamp(now),
                 info.version,
+                self._floor.value,
             ),
         )
         return number or int(cursor.lastrowid)
 
     def heartbeat(
         self, connection: Any, local_node: LocalNode, state: str, clients: int, lease_lost: list[bool] | None = None
-    ) -> tuple[bool, LocalNode]:
-        """Renew the lease. Returns ``False`` if it had expired, or if the row was gone: other nodes may have claimed
-        clients.
+    ) -> tuple[HeartbeatResult, LocalNode]:
+        """Renew the lease, and tell the highest generation that is known.
 
-        ``True`` is appended to ``lease_lost`` in that case, even if this raises, since the lease may have been renewed
-        all the same. An item that it already has counts as well.
+        ``True`` is appended to ``lease_lost`` if the lease had expired, or the row was gone or is older than what was
+        written last, even if this raises, since the lease may have been renewed all the same. An item that it already
+        has counts as well.
         """
         lease_lost = [] if lease_lost is None else lease_lost
         with transaction(connection, self._dialect.begin_statement) as cursor:
@@ -334,19 +393,20 @@ class Statements:
             row = cursor.fetchone()
             exists = row is not None and row[2] == local_node.info.node_id
             now = row[0] if row else self._read_clock(cursor)
-            if not exists or row[1] <= now - self._lease:
+            lost_commits = not exists or row[1] < local_node.heartbeat_at
+            if lost_commits or not self._clock.is_live(row[1], now):
                 lease_lost.append(True)
+            self._floor.raise_to(max(self._clock.horizon(now), read_max_generation(cursor)))
             if exists:
                 cursor.execute(
-                    "UPDATE nodes SET state = ?, clients = ?, heartbeat_at = ? WHERE id = ?",
-                    (state, clients, self._dialect.to_timestamp(now), local_node.number),
+                    "UPDATE nodes SET state = ?, clients = ?, heartbeat_at = ?, max_generation = ? WHERE id = ?",
+                    (state, clients, self._dialect.to_timestamp(now), self._floor.value, local_node.number),
                 )
-                return not lease_lost, local_node
+                local_node = attrs.evolve(local_node, heartbeat_at=now)
+                return HeartbeatResult(not lease_lost, lost_commits, now), local_node
             # With its old number, if that is free, so that it owns the remaining rows of its clients again.
-            number = None if row else local_node.number
-            return False, attrs.evolve(
-                local_node, number=self._insert_node(cursor, local_node, number, state, clients, now)
-            )
+            number = self._insert_node(cursor, local_node, None if row else local_node.number, state, clients, now)
+            return HeartbeatResult(False, True, now), attrs.evolve(local_node, number=number, heartbeat_at=now)
 
     def write_batch(
         self,
@@ -357,7 +417,7 @@ class Statements:
     ) -> list[Outcome]:
         """Write a batch of claims and releases: :func:`write_batch`."""
         with transaction(connection, self._dialect.begin_statement) as cursor:
-            return write_batch(cursor, self._dialect, self._lease, local_node, batch, maybe_written)
+            return write_batch(cursor, self._dialect, self._clock, self._floor, local_node, batch, maybe_written)
 
     def find(self, connection: Any, client_ids: list[str]) -> dict[str, Location]:
         """Find the locations of clients, without those that are not connected, or whose node has left."""
@@ -365,7 +425,7 @@ class Statements:
             rows = read_client_rows(cursor, client_ids)
             if not rows:
                 return {}
-            _, owners = read_owners(cursor, self._dialect, self._lease, {row.node for row in rows.values()})
+            _, owners = read_owners(cursor, self._dialect, self._clock, {row.node for row in rows.values()})
             return {
                 client_id: owners[row.node].location(client_id, row)
                 for client_id, row in rows.items()
@@ -375,12 +435,12 @@ class Statements:
     def assign(self, connection: Any, client_ids: list[str], node_id: str, binding: bool) -> list[str]:
         """Assign clients, sorted, to a node: :func:`assign`."""
         with transaction(connection, self._dialect.begin_statement) as cursor:
-            return assign(cursor, self._dialect, self._lease, client_ids, node_id, binding=binding)
+            return assign(cursor, self._dialect, self._clock, client_ids, node_id, binding=binding)
 
     def assignments(self, connection: Any, client_ids: list[str]) -> dict[str, Assignment]:
         """Find the assignments of clients: :func:`find_assignments`."""
         with closing(connection.cursor()) as cursor:
-            owners = find_assignments(cursor, self._dialect, self._lease, client_ids)
+            owners = find_assignments(cursor, self._dialect, self._clock, client_ids)
             return {client_id: owner.assignment() for client_id, owner in owners.items()}
 
     def purge_assignments(self, connection: Any, first: str, limit: int = MAX_REMOVED_ROWS) -> str | None:
@@ -394,16 +454,26 @@ class Statements:
         """List up to ``limit`` clients of live nodes with ``first`` <= client_id < ``end``, in order, from one segment
         of the table. Returns them, and where the next segment begins, or ``None`` at the end."""
         with closing(connection.cursor()) as cursor:
-            oldest = self._dialect.to_timestamp(self._read_clock(cursor) - self._lease)
+            live = self._live_numbers(cursor, node_id)
             following = self._end_of_scan(cursor, first, end)
-            node_clause = "" if node_id is None else " AND n.node_id = ?"
+            if not live:
+                return [], following
             cursor.execute(
                 f"SELECT {_LOCATION_COLUMNS} FROM clients c JOIN nodes n ON n.id = c.node"
-                f" WHERE c.client_id >= ? AND c.client_id < ? AND n.heartbeat_at > ?{node_clause}"
+                f" WHERE c.client_id >= ? AND c.client_id < ? AND c.node IN ({placeholders(live)})"
                 " ORDER BY c.client_id LIMIT ?",
-                (first, following or end, oldest, *([] if node_id is None else [node_id]), limit),
+                (first, following or end, *live, limit),
             )
             return [_location(row) for row in cursor.fetchall()], following
+
+    def _live_numbers(self, cursor: Any, node_id: str | None) -> list[int]:
+        """Read the numbers of the live nodes, or of one node if it is live."""
+        cursor.execute(f"SELECT {self._dialect.now_expression}, heartbeat_at, id, node_id FROM nodes ORDER BY id")
+        return [
+            number
+            for now, heartbeat_at, number, each in cursor.fetchall()
+            if heartbeat_at and node_id in (None, each) and self._clock.is_live(heartbeat_at, now)
+        ]
 
     def _end_of_scan(self, cursor: Any, first: str, end: str) -> str | None:
         cursor.execute(
@@ -419,10 +489,9 @@ class Statements:
             now = self._read_clock(cursor)
             cursor.execute(
                 "SELECT node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at, version FROM nodes"
-                " WHERE heartbeat_at > ? ORDER BY id",
-                (self._dialect.to_timestamp(now - self._lease),),
+                " ORDER BY id"
             )
-            return [_status(row, now) for row in cursor.fetchall()]
+            return [_status(row, now) for row in cursor.fetchall() if row[7] and self._clock.is_live(row[7], now)]
 
     def expire_lease(self, connection: Any, local_node: LocalNode) -> None:
         """End this node's lease: from now on its rows have no owner, and no more can be written."""
@@ -462,13 +531,16 @@ class Statements:
         return len(rows), rows[-1][0] if len(rows) == limit else following
 
     def dead_nodes(self, connection: Any, local_node: LocalNode | None, limit: int = MAX_DEAD_NODES) -> dict[int, int]:
-        """Find up to ``limit`` nodes with expired leases, except this one: number -> heartbeat_at."""
+        """Find up to ``limit`` dead nodes, except this one: number -> heartbeat_at."""
         with closing(connection.cursor()) as cursor:
-            cursor.execute(
-                "SELECT id, node_id, heartbeat_at FROM nodes WHERE heartbeat_at <= ? ORDER BY id LIMIT ?",
-                (self._dialect.to_timestamp(self._read_clock(cursor) - self._lease), limit),
-            )
-            dead = [row for row in cursor.fetchall() if local_node is None or row[0] != local_node.number]
+            now = self._read_clock(cursor)
+            cursor.execute("SELECT id, node_id, heartbeat_at FROM nodes ORDER BY id")
+            dead = [
+                row
+                for row in cursor.fetchall()
+                if (local_node is None or row[0] != local_node.number)
+                and not (row[2] and self._clock.is_live(row[2], now))
+            ][:limit]
         if dead:
             # Claims that began while the lease was valid. One that begins later finds it expired.
             with transaction(connection, self._dialect.begin_statement) as cursor:

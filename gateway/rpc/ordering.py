@@ -16,21 +16,30 @@ connection settles them, too.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
 
 from gateway.registry.interface import Location
 
-if TYPE_CHECKING:
-    from gateway.rpc.remote import RemoteCall
+
+class QueuedMessage(Protocol):
+    """A message as its queue sees it."""
+
+    #: its place in the order of all messages
+    number: int
+    #: the epoch of the queue in which it was sent to a node
+    epoch: int
 
 
-def _number(call: RemoteCall) -> int:
-    return call.number
+_Message = TypeVar("_Message", bound=QueuedMessage)
 
 
-class ClientQueue:
+def _number(message: QueuedMessage) -> int:
+    return message.number
+
+
+class ClientQueue(Generic[_Message]):
     """The messages to one client. It exists only while there are any."""
 
     __slots__ = (
@@ -49,7 +58,7 @@ class ClientQueue:
     def __init__(self, client_id: str) -> None:
         self.client_id = client_id
         #: the messages to be handed on, the oldest first
-        self.waiting: list[RemoteCall] = []
+        self.waiting: list[_Message] = []
         #: number of the newest message so far
         self.last_number = 0
         #: whether its messages are being handed on
@@ -72,19 +81,19 @@ class ClientQueue:
         """Whether it can be dropped."""
         return not self.waiting and not self.unsettled and not self.is_running
 
-    def add(self, call: RemoteCall) -> None:
+    def add(self, message: _Message) -> None:
         """Put a message in its place among those that wait."""
-        if call.number > self.last_number:
-            self.last_number = call.number
-        if not self.waiting or self.waiting[-1].number < call.number:
-            self.waiting.append(call)
+        if message.number > self.last_number:
+            self.last_number = message.number
+        if not self.waiting or self.waiting[-1].number < message.number:
+            self.waiting.append(message)
         else:
-            insort(self.waiting, call, key=_number)
+            insort(self.waiting, message, key=_number)
 
-    def remove(self, call: RemoteCall) -> None:
+    def remove(self, message: _Message) -> None:
         """Remove a message that waits."""
         waiting = self.waiting
-        index = 0 if waiting[0] is call else bisect_left(waiting, call.number, key=_number)
+        index = 0 if waiting[0] is message else bisect_left(waiting, message.number, key=_number)
         del waiting[index]
 
     def may_follow(self, location: Location) -> bool:
@@ -100,17 +109,17 @@ class ClientQueue:
             and (current.node_id, current.generation) == (location.node_id, location.generation)
         )
 
-    def sent(self, call: RemoteCall, location: Location) -> None:
+    def sent(self, message: _Message, location: Location) -> None:
         """Record that a message is at a node."""
-        if call.number > self.last_number:
-            self.last_number = call.number
+        if message.number > self.last_number:
+            self.last_number = message.number
         self.location = location
         self.unsettled += 1
-        call.epoch = self.epoch
+        message.epoch = self.epoch
 
-    def returned(self, call: RemoteCall, *, missed: bool) -> None:
+    def returned(self, message: _Message, *, missed: bool) -> None:
         """Record that a message is not at a node any more. ``missed``: it was given back."""
-        if call.epoch == self.epoch:
+        if message.epoch == self.epoch:
             self.unsettled -= 1
             self.was_missed = (self.was_missed or missed) and bool(self.unsettled)
 

@@ -249,7 +249,7 @@ class RemoteCall(Call):
     #: its place in the order of all messages
     number: int
     #: the client's queue, once it waits or is at a node
-    queue: ClientQueue
+    queue: ClientQueue[RemoteCall]
     #: the epoch of the queue in which it was sent to a node
     epoch: int
     #: why the last attempt failed
@@ -348,7 +348,7 @@ class RemoteDelivery:
         self._count = 0
         self._numbers = count(1)
         #: client_id -> its queue, while messages to it wait or are at a node
-        self.queues: dict[str, ClientQueue] = {}
+        self.queues: dict[str, ClientQueue[RemoteCall]] = {}
         #: deadlines of the messages that wait
         self._deadlines = PendingCalls(clock, max_calls=max_calls, max_per_owner=max_calls)
 
@@ -515,7 +515,7 @@ class RemoteDelivery:
         if queue.is_idle:
             self._drop(queue)
 
-    def _drop(self, queue: ClientQueue) -> None:
+    def _drop(self, queue: ClientQueue[RemoteCall]) -> None:
         if self.queues.get(queue.client_id) is queue:
             del self.queues[queue.client_id]
 
@@ -574,7 +574,7 @@ class RemoteDelivery:
             self._drop(queue)
         self._enqueue(call)
 
-    async def _run(self, queue: ClientQueue) -> None:
+    async def _run(self, queue: ClientQueue[RemoteCall]) -> None:
         """Hand on the messages of a queue, one after the other. Never raises."""
         while queue.waiting:
             call = queue.waiting[0]
@@ -592,7 +592,7 @@ class RemoteDelivery:
         if queue.is_idle:
             self._drop(queue)
 
-    def _fail_others(self, queue: ClientQueue, error: RpcError, last_number: int) -> None:
+    def _fail_others(self, queue: ClientQueue[RemoteCall], error: RpcError, last_number: int) -> None:
         """Fail the messages that waited when the attempt began that found the client unreachable: each would find the
         same."""
         if error.sent or error.kind not in _CLIENT_UNREACHABLE:
@@ -601,7 +601,7 @@ class RemoteDelivery:
             if call.origin is not None:
                 self._fail(call, RpcError(error.kind, call.client_id, sent=False, detail=error.detail))
 
-    async def _attempt(self, queue: ClientQueue, call: RemoteCall) -> None:
+    async def _attempt(self, queue: ClientQueue[RemoteCall], call: RemoteCall) -> None:
         """Hand on the first message of a queue, or return to begin again, since what is first or known has changed.
 
         Raises ``RpcError`` if it cannot be delivered."""
@@ -646,7 +646,7 @@ class RemoteDelivery:
         call.failures += (reason,)
         call.reason = reason
 
-    def _send(self, queue: ClientQueue, call: RemoteCall, location: Location, stale: bool) -> bool:
+    def _send(self, queue: ClientQueue[RemoteCall], call: RemoteCall, location: Location, stale: bool) -> bool:
         """Send the first message of a queue to a node. Returns ``False`` if it still waits. Raises ``RpcError``."""
         remote_nodes = self.remote_nodes
         assert remote_nodes is not None
@@ -665,7 +665,7 @@ class RemoteDelivery:
         self._enqueue(call)
         return False
 
-    async def _settle(self, queue: ClientQueue, call: RemoteCall) -> None:
+    async def _settle(self, queue: ClientQueue[RemoteCall], call: RemoteCall) -> None:
         """Wait until no message at a node can be given back any more."""
         if queue.fence is None:
             location = queue.location

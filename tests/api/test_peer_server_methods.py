@@ -435,6 +435,17 @@ class NodeTests(PeerConnectionTestCase):
         self.node.draining.errback(ZeroDivisionError())
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
+    def test_floor(self):
+        self.endpoint.registry.generation_floor = 5
+        self.assertEqual(self.result("peer.floor", {"generation": 7}), {"generation": 7})
+        self.assertEqual(self.result("peer.floor", {"generation": 6}), {"generation": 7})
+        for generation in (-1, 2**63, "7", None):
+            self.peer.send_message(
+                {"jsonrpc": "2.0", "id": "f", "method": "peer.floor", "params": {"generation": generation}}
+            )
+            (message,) = self.peer.messages()
+            self.assertEqual(message["error"]["code"], -32602)
+
     def test_methods_of_backends(self):
         for method in ("client.get", "events.subscribe", "upstream.serve", "gateway.goaway", "peer.nothing", ""):
             self.peer.send_message(call("u", method, {"client": "x", "kinds": ["message"]}))

@@ -29,6 +29,10 @@ class FakeRegistry:
         self.result: Any = True
         self.reap_results: list[int] = []
         self.leave_result: Any = None
+        self.is_clock_steady = True
+
+    def clock_is_steady(self) -> bool:
+        return self.is_clock_steady
 
     def join(self, info: NodeInfo) -> Deferred[None]:
         self.requests.append(("join", info.name))
@@ -310,6 +314,20 @@ class MembershipTests(SynchronousTestCase):
             self.assertEqual(self.registry.count("reap"), before + 1)
             self.successResultOf(self.membership.stop())
             self.membership = membership
+
+    def test_step_of_the_database_clock_delays_reaping_by_a_full_lease(self) -> None:
+        self.start()
+        self.advance(LEASE)
+        self.assertTrue(self.membership.is_stable())
+        before = self.registry.count("reap")
+        self.registry.is_clock_steady = False
+        self.advance(HEARTBEAT)
+        self.assertFalse(self.membership.is_stable())
+        self.registry.is_clock_steady = True
+        self.advance(LEASE - 1)
+        self.assertEqual(self.registry.count("reap"), before)
+        self.advance(1)
+        self.assertEqual((self.registry.count("reap"), self.reclaims), (before + 1, []))
 
     def test_heartbeat_longer_than_a_lease_is_a_gap(self) -> None:
         self.start()

@@ -325,6 +325,38 @@ class FenceTests(PeerClientCase):
         self.successResultOf(fence)
 
 
+class FloorTests(PeerClientCase):
+    def connect_with(self, headers: bytes) -> RemotePeer:
+        self.peer_client.connect(location())
+        return self.net.accept().open(headers)
+
+    def test_exchange(self) -> None:
+        peer = self.connect_with(b"Wsgateway-Features: floor\r\n")
+        floors = self.peer_client.exchange_floors(7)
+        (request,) = peer.requests()
+        self.assertEqual((request["method"], request["params"]), ("peer.floor", {"generation": 7}))
+        self.assertNoResult(floors)
+        peer.respond(request, b'{"generation":9}')
+        self.assertEqual(self.successResultOf(floors), [9])
+
+    def test_older_node(self) -> None:
+        peer = self.connect_with(b"")
+        self.assertEqual(self.successResultOf(self.peer_client.exchange_floors(7)), [])
+        self.assertEqual(peer.requests(), [])
+
+    def test_node_that_does_not_answer(self) -> None:
+        self.connect_with(b"Wsgateway-Features: floor\r\n")
+        floors = self.peer_client.exchange_floors(7)
+        self.net.advance(2.1)
+        self.assertEqual(self.successResultOf(floors), [])
+
+    def test_unreadable_response(self) -> None:
+        peer = self.connect_with(b"Wsgateway-Features: floor\r\n")
+        floors = self.peer_client.exchange_floors(7)
+        peer.respond(peer.requests()[0], b'"9"')
+        self.assertEqual(self.successResultOf(floors), [])
+
+
 class RequestTests(PeerClientCase):
     def requests(self) -> list[tuple[Deferred[Any], str, dict[str, Any], bytes, Any]]:
         """Each request: its result, the method and params that are sent, a response, and the value of the result."""

@@ -176,6 +176,10 @@ class FakeRegistry:
         self.statuses: list[NodeStatus] = []
         self.unavailable = False
         self.queries: list[tuple[Any, ...]] = []
+        self.generation_floor = 0
+
+    def raise_generation_floor(self, generation):
+        self.generation_floor = max(self.generation_floor, generation)
 
     def add(self, client_id, node_id=OTHER_ID, generation=9, live=True):
         self.rows[client_id] = Location(

@@ -24,6 +24,7 @@ class FakeSettings:
         self.registry = registry
         self.registry_password_file = password_file
         self.lease = 15.0
+        self.heartbeat = 5.0
 
 
 class FactoryTests(SynchronousTestCase):

@@ -132,7 +132,7 @@ class CursorTests(TestCase):
     async def _no_tables(self) -> None:
         await self.start()
         self.other.execute("DROP TABLE clients")
-        self.other.execute("INSERT INTO nodes SELECT 99, 'gone', 'gone', '', '', 'up', 0, 1, 0, 0, ''")
+        self.other.execute("INSERT INTO nodes SELECT 99, 'gone', 'gone', '', '', 'up', 0, 1, 0, 0, '', 0")
         for job in (
             lambda: self.registry.claim("x", "h:1"),
             lambda: self.registry.find("x"),

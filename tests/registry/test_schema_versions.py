@@ -28,6 +28,7 @@ TABLES = {
         "started_at",
         "heartbeat_at",
         "version",
+        "max_generation",
     ],
     "clients": ["client_id", "node", "generation", "connected_at", "address"],
     "placements": ["client_id", "node", "until", "moved_at"],
@@ -115,8 +116,8 @@ class MigrationsTests(SynchronousTestCase):
         self.apply()
         for statement in (
             "INSERT INTO clients VALUES ('x', 1, 'one', 1, 'h')",
-            "INSERT INTO nodes VALUES (1, 'a', 'a', '', '', 'up', 0, 1, 1, 'now', '')",
-            "INSERT INTO nodes VALUES (1, 'a', 'a', '', '', 'gone', 0, 1, 1, 1, '')",
+            "INSERT INTO nodes VALUES (1, 'a', 'a', '', '', 'up', 0, 1, 1, 'now', '', 0)",
+            "INSERT INTO nodes VALUES (1, 'a', 'a', '', '', 'gone', 0, 1, 1, 1, '', 0)",
         ):
             self.assertRaises(sqlite3.IntegrityError, self.connection.execute, statement)
 

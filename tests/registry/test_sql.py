@@ -183,7 +183,7 @@ class RefusalTests(SynchronousTestCase):
         for claim in self.claim(*(f"c{number:02}" for number in range(40))):
             self.successResultOf(claim)
         self.execute("UPDATE nodes SET heartbeat_at = 1")
-        self.execute("INSERT INTO nodes SELECT 90, 'b', 'b', '', '', 'up', 0, 1, 1, 1, ''")
+        self.execute("INSERT INTO nodes SELECT 90, 'b', 'b', '', '', 'up', 0, 1, 1, 1, '', 0")
         self.execute("UPDATE clients SET node = 90")
         limits: list[int] = []
         original = Statements._remove_clients
@@ -200,7 +200,7 @@ class RefusalTests(SynchronousTestCase):
         self.assertEqual(self.execute("SELECT node_id FROM nodes"), [(node_info("a").node_id,)])
 
     def test_work_of_which_nothing_is_accepted_fails(self) -> None:
-        self.execute("INSERT INTO nodes SELECT 90, 'b', 'b', '', '', 'up', 0, 1, 1, 1, ''")
+        self.execute("INSERT INTO nodes SELECT 90, 'b', 'b', '', '', 'up', 0, 1, 1, 1, '', 0")
 
         def remove(*args: Any) -> Any:
             raise sqlite3.DataError("string or blob too big")

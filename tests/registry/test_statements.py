@@ -6,6 +6,7 @@ import re
 import sqlite3
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -14,7 +15,7 @@ from gateway.registry.claims import ClaimRequest, ReleaseRequest
 from gateway.registry.errors import LeaseLostError, OwnedElsewhereError
 from gateway.registry.interface import Claim, ClaimPolicy, SessionKey
 from gateway.registry.sqlite import SQLite
-from gateway.registry.statements import LocalNode, Statements
+from gateway.registry.statements import HeartbeatResult, LocalNode, Statements
 from tests.builders.registry_contract import LEASE, node_info
 
 
@@ -44,8 +45,9 @@ class StatementsTests(SynchronousTestCase):
         me = self.statements.join(self.connection, node_info("a"))
         self.connection.execute("DELETE FROM nodes")
         self.now += 1
-        lease_held, renewed = self.statements.heartbeat(self.connection, me, "draining", 3)
-        self.assertEqual((lease_held, renewed), (False, me))
+        result, renewed = self.statements.heartbeat(self.connection, me, "draining", 3)
+        self.assertEqual(result, HeartbeatResult(lease_held=False, lost_commits=True, now=self.now))
+        self.assertEqual(renewed, attrs.evolve(me, heartbeat_at=self.now))
         row = self.connection.execute("SELECT state, clients, started_at, heartbeat_at FROM nodes").fetchone()
         self.assertEqual(row, ("draining", 3, self.now - 1, self.now))
 
@@ -63,10 +65,21 @@ class StatementsTests(SynchronousTestCase):
     def test_a_number_of_another_node_is_not_reused(self) -> None:
         me = self.statements.join(self.connection, node_info("a"))
         self.connection.execute("UPDATE nodes SET node_id = 'somebody'")
-        lease_held, renewed = self.statements.heartbeat(self.connection, me, "up", 0)
-        self.assertFalse(lease_held)
+        result, renewed = self.statements.heartbeat(self.connection, me, "up", 0)
+        self.assertFalse(result.lease_held)
         self.assertNotEqual(renewed.number, me.number)
-        self.assertEqual(self.statements.heartbeat(self.connection, renewed, "up", 0), (True, renewed))
+        result, again = self.statements.heartbeat(self.connection, renewed, "up", 0)
+        self.assertEqual((result.lease_held, result.lost_commits, again), (True, False, renewed))
+
+    def test_a_row_older_than_the_last_heartbeat(self) -> None:
+        """The database has gone back to a state of some commits ago."""
+        me = self.statements.join(self.connection, node_info("a"))
+        self.now += 5
+        _, renewed = self.statements.heartbeat(self.connection, me, "up", 0)
+        self.connection.execute("UPDATE nodes SET heartbeat_at = heartbeat_at - 5")
+        self.now += 1
+        result, _ = self.statements.heartbeat(self.connection, renewed, "up", 0)
+        self.assertEqual(result, HeartbeatResult(lease_held=False, lost_commits=True, now=self.now))
 
     def test_leaving_ends_the_lease_before_the_rows_are_removed(self) -> None:
         me = self.statements.join(self.connection, node_info("a"))
@@ -139,7 +152,7 @@ class StatementsTests(SynchronousTestCase):
         me = self.statements.join(self.connection, node_info("a"))
         self.statements.find(self.connection, ["x", "y"])
         self.statements.clients(self.connection, "a", "b", 10, None)
-        self.statements.clients(self.connection, "a", "b", 10, "n")
+        self.statements.clients(self.connection, "a", "b", 10, me.info.node_id)
         self.statements.assign(self.connection, ["x", "y"], me.info.node_id, True)
         self.statements.assignments(self.connection, ["x", "y"])
         self.statements.purge_assignments(self.connection, "a")

@@ -14,7 +14,7 @@ from gateway import node as node_module
 from gateway.cluster.interface import NodeState
 from gateway.node import Node
 from gateway.registry.interface import OnClaimRevoked, SessionKey
-from gateway.registry.sql import SQLRegistry
+from gateway.registry.sql import CollectFloors, SQLRegistry
 from gateway.settings import Settings
 from tests.simulation.database import NodeDatabase, SimulatedDatabase
 from tests.simulation.network import Network, SocketEnd
@@ -139,7 +139,14 @@ class NodeProcess:
         return 1_700_000_000.0 + self._scheduler.now
 
     def _make_registry(
-        self, settings: Settings, *, reactor: Any, metrics: Any, on_claim_revoked: OnClaimRevoked, clock: Any
+        self,
+        settings: Settings,
+        *,
+        reactor: Any,
+        metrics: Any,
+        on_claim_revoked: OnClaimRevoked,
+        clock: Any,
+        collect_floors: CollectFloors,
     ) -> SQLRegistry:
         return SQLRegistry(
             NodeDatabase(self._database, reactor),
@@ -148,6 +155,8 @@ class NodeProcess:
             metrics=metrics,
             clock=clock,
             on_claim_revoked=on_claim_revoked,
+            heartbeat=settings.heartbeat,
+            collect_floors=collect_floors,
         )
 
     def _touched(self) -> None:

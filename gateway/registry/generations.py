@@ -1,0 +1,38 @@
+"""The highest generation that this node knows of, in the whole fleet.
+
+The generation of a claim is the database's time, and so may be lower than those given before, once that clock is set
+back. So each node remembers the highest generation that it has seen, and tells it to the others: in its row of
+``nodes`` at each heartbeat, and by ``peer.floor``. While the clock is behind it, generations are counted upwards from
+there, and each transaction reads what the other nodes have given, and writes what it gives.
+"""
+
+from __future__ import annotations
+
+import threading
+
+#: The clock counts as behind by more than this, in microseconds: concurrent transactions of one node may have read it
+#: in another order than that in which they write.
+TOLERANCE = 1_000_000
+
+
+class GenerationFloor:
+    """The highest generation known. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._value = 0
+
+    @property
+    def value(self) -> int:
+        """The highest generation known; 0 if there is none."""
+        return self._value
+
+    def is_ahead_of(self, now: int) -> bool:
+        """Whether the database's clock, at ``now``, is behind what was given."""
+        return self._value > now + TOLERANCE
+
+    def raise_to(self, generation: int) -> None:
+        """Take note of a generation."""
+        with self._lock:
+            if generation > self._value:
+                self._value = generation
