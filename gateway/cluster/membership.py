@@ -106,8 +106,11 @@ class NodeDirectory:
         live = {node.node_id: node for node in nodes if node.peer_url != peer_url}
         missing = self._nodes.keys() - live.keys()
         if missing and not self._is_stable():
-            live.update((node_id, self._nodes[node_id]) for node_id in missing)
-            missing = set()
+            # Except those whose address another node has now: its start has ended their leases.
+            urls = {node.peer_url for node in nodes}
+            kept = {node_id for node_id in missing if self._nodes[node_id].peer_url not in urls}
+            live.update((node_id, self._nodes[node_id]) for node_id in kept)
+            missing -= kept
         for node_id in live.keys() - self._nodes.keys():
             node = live[node_id]
             self._log.info("discovered node {name} at {url}", **_log_fields(node))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
@@ -432,6 +433,14 @@ class NodeDirectoryTest(SynchronousTestCase):
         with capturedLogs() as logs:
             self.refresh("a", "b", "c")
         self.assertEqual(len(logs), 1)
+
+    def test_unstable_node_and_a_node_that_was_restarted(self) -> None:
+        """The new node has ended the lease of the old one, at the same address."""
+        self.membership.stable = False
+        self.refresh("b", "c")
+        self.registry.result = [attrs.evolve(node_status("b"), node_id="b2")]
+        self.successResultOf(self.node_directory.refresh())
+        self.assertEqual((self.seen[-1], self.gone), (["b2", "c"], ["b"]))
 
     def test_nodes_that_are_gone(self) -> None:
         self.refresh("a", "b", "c")

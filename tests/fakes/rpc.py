@@ -63,7 +63,7 @@ class FakeClientSessions:
         return current
 
     def claim_in_progress(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
-        if client_id not in self.claiming or client_id in self.generations:
+        if client_id not in self.claiming or self.generation(client_id) > newer_than:
             return None
         waiter: Deferred[None] = Deferred(lambda d: self.claiming[client_id].remove(d))
         self.claiming[client_id].append(waiter)
