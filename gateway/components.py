@@ -137,6 +137,7 @@ class Components:
             self.membership,
             on_node_down=self._node_down,
             on_nodes_changed=self._nodes_changed,
+            peer_url=self._peer_url,
         )
 
     def _make_peers(self) -> None:
@@ -152,6 +153,7 @@ class Components:
             max_message_size=settings.max_message_size + MAX_ENVELOPE_SIZE,
             max_calls=settings.max_calls,
             tls=self._peer_tls,
+            own_url=self._peer_url,
         )
         self.relays = SocketRelays(reactor=reactor, metrics=metrics)
         self.client_router = ClientRouter(
@@ -214,10 +216,11 @@ class Components:
     def _make_rebalancing(self) -> None:
         settings, clock = self._settings, self._reactor
         self.reconciler = Reconciler(
+            node_id=self._node.node_id,
             sessions=self.sessions,
             registry=self.registry,
+            orphaned_rows=self.dispatcher.orphaned_rows,
             clock=clock,
-            is_single_node=self.node_directory.is_single_node,
         )
         self.graceful_disconnect = GracefulDisconnect(
             self.sessions,
@@ -266,6 +269,7 @@ class Components:
             node=self._node,
             membership=self.membership,
             upstream=self.backend_dispatcher,
+            orphaned_rows=self.dispatcher.orphaned_rows,
             authenticate_backend=self.backend_tokens.grant if self.backend_tokens else None,
             peers=self.peer_client,
             authenticate_peer=self._peer_auth.verify,
@@ -355,6 +359,10 @@ class Components:
         """State and number of clients of this node, for the registry."""
         state = NodeState.UP if self._node.state is NodeState.UP else NodeState.DRAINING
         return state.value, self.sessions.count()
+
+    def _peer_url(self) -> str:
+        """This node's own peer URL, which is known once its endpoints are bound."""
+        return self._node.peer_url
 
     def _heartbeat_sent(self) -> None:
         self.node_directory.refresh()

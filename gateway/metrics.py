@@ -57,6 +57,7 @@ _PLAIN_COUNTERS = {
     "releases": "Releases written to the registry.",
     "registry_batches": "Batches of claims and releases.",
     "reaped": "Removed rows of dead nodes.",
+    "orphaned_rows": "Removed rows of this node whose clients are not connected.",
     "heartbeat_failures": "Heartbeats that could not be written.",
     "events_dropped": "Events dropped because a backend did not read them.",
     "peer_calls": "Calls to clients of other nodes, sent to these nodes.",
@@ -110,6 +111,7 @@ class Metrics:
     releases: int = 0
     registry_batches: int = 0
     reaped: int = 0
+    orphaned_rows: int = 0
     heartbeat_failures: int = 0
     events_dropped: int = 0
     peer_calls: int = 0

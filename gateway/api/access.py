@@ -16,6 +16,7 @@ A peer's credentials are valid only for its connection (peer_server.py) and for 
 
     -> an Origin header                                           <- 403 origin
     -> Authorization: Wsgateway-Peer, invalid                     <- 401 peer
+    -> … of a node of this fleet, but for another node            <- 401 wrong_node
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED, Grant
-from gateway.cluster.errors import PeerAuthenticationError
+from gateway.cluster.errors import PeerAuthenticationError, WrongNodeError
 from gateway.protocol.errors import RequestRefusedError
 
 #: Takes the ``Authorization`` header, the HTTP method, the request target, and the client_id and address of a relayed
@@ -111,6 +112,10 @@ class AccessPolicy:
             return self._authenticate_peer(header_values("Authorization")[0], "GET", target, "", "")
         except PeerAuthenticationError as e:
             message = f"this is not a request of a node of this fleet: {e}"
+            if isinstance(e, WrongNodeError):
+                # Not alarming: the other node does not know yet that this one has been started here.
+                message = f"the node that was here has been replaced: {e}"
+                raise RequestRefusedError(401, "wrong_node", message, _PEER_CHALLENGE) from None
             raise RequestRefusedError(401, "peer", message, _PEER_CHALLENGE) from None
 
     def _check_host(self, values: Sequence[str]) -> None:

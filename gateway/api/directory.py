@@ -15,13 +15,16 @@ from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.interface import INode, IPeerClient
 from gateway.protocol.frames import CloseCode
 from gateway.registry.errors import LivenessUnknownError
-from gateway.registry.interface import IRegistry, Location
-from gateway.rpc.interface import IMembership
+from gateway.registry.interface import IRegistry, Location, SessionKey
+from gateway.rpc.interface import IMembership, IOrphanedRows
 
 _T = TypeVar("_T")
 
 #: a client as the API shows it, ready for JSON
 ClientInfo: TypeAlias = dict[str, str | int]
+
+#: timeout of asking a client's node whether it has the client, in seconds
+CONFIRMATION_TIMEOUT = 1.0
 
 _DISCONNECT_REASON = "disconnected by an operator"
 #: the name of a peer method, at the start of an error text
@@ -58,18 +61,32 @@ class ClientDirectory:
     _registry: IRegistry
     _node: INode
     _membership: IMembership
+    _orphaned_rows: IOrphanedRows
     _peers: IPeerClient | None = None
 
     async def find(self, client_id: str) -> ClientInfo | None:
         """Return a connected client, or ``None``. Raises ``RegistryUnavailableError``."""
-        session = self._sessions.get(client_id)
-        if session is None:
+        asked = False
+        while (session := self._sessions.get(client_id)) is None:
             location = await self._find_remote(client_id)
-            if location is not None:
+            if location is None:
+                # It may have connected meanwhile.
+                session = self._sessions.get(client_id)
+                break
+            if asked or await self._is_at_its_node(location):
                 return _remote_info(location)
-            # A row of this node without a session is not a connected client; it may have connected meanwhile.
-            session = self._sessions.get(client_id)
+            # If its node does not have the client, it has removed the row.
+            asked = True
         return None if session is None else self._local_info(session)
+
+    async def _is_at_its_node(self, location: Location) -> bool:
+        """Return ``False`` if the client's node says that it does not have the client. One that drains says so, too."""
+        if self._peers is None:
+            return True
+        try:
+            return await self._peers.has_client(location, CONFIRMATION_TIMEOUT)
+        except PeerUnreachableError:
+            return True
 
     async def list_clients(
         self, after: str, limit: int, node_id: str | None, prefix: str
@@ -102,6 +119,8 @@ class ClientDirectory:
                 break
             if location.node_id == self._node.node_id:
                 closed = await self._disconnect_local(client_id)
+                if not closed:
+                    await self._orphaned_rows.check(SessionKey(client_id, location.generation))
             else:
                 closed = await self._disconnect_remote(self._peers, location)
             if closed:
@@ -128,7 +147,10 @@ class ClientDirectory:
 
     async def _find_remote(self, client_id: str) -> Location | None:
         location = await self._registry.find(client_id)
-        if location is None or location.node_id == self._node.node_id:
+        if location is None:
+            return None
+        if location.node_id == self._node.node_id:
+            await self._orphaned_rows.check(SessionKey(client_id, location.generation))
             return None
         self._check_liveness_known(location)
         return location if location.live else None

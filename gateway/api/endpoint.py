@@ -49,7 +49,7 @@ from gateway.net.transport import socket_fd
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.interface import IRegistry
-from gateway.rpc.interface import IDispatcher, IMembership
+from gateway.rpc.interface import IDispatcher, IMembership, IOrphanedRows
 from gateway.settings import Settings, files_reserved_for_backends, open_file_limit, reserved_files
 from gateway.util.cork import Cork
 from gateway.util.deferred import Observers
@@ -253,6 +253,7 @@ class BackendEndpoint:
         upstream: BackendDispatcher,
         metrics: Metrics,
         settings: Settings,
+        orphaned_rows: IOrphanedRows,
         authenticate_backend: AuthenticateBackend | None,
         reactor: Any,
         wall_clock: Callable[[], float] = time.time,
@@ -268,7 +269,7 @@ class BackendEndpoint:
         other nodes; ``relay_factory`` makes the protocols of relayed clients, which take over the transport;
         ``rebalancer`` moves clients to other nodes. Each of these may be ``None``.
         """
-        directory = ClientDirectory(sessions, registry, node, membership, peers)
+        directory = ClientDirectory(sessions, registry, node, membership, orphaned_rows, peers)
         access_policy = AccessPolicy.make(
             authenticate_backend=authenticate_backend,
             urls=(settings.public_url, settings.peer_url),
@@ -313,6 +314,7 @@ class BackendEndpoint:
                 membership=membership,
                 clock=reactor,
                 settings=settings,
+                orphaned_rows=orphaned_rows,
                 rebalancer=rebalancer,
             ),
             **shared,

@@ -24,6 +24,7 @@ Methods, none of which is ever forwarded to a third node:
     peer.rebalance      {}                                        {"moving":250}, once the rebalance has begun
 
 client.call and client.notify reach only the session of that generation: without it, -32001 says that nothing was sent.
+A node that does not have a session releases its row, if there is one (rpc/orphans.py).
 A node without its lease may have lost the client to another node: it answers -32007 unless ``stale`` is true.
 
 The messages of one connection to one client are handled in the order in which they were received: while one waits for a
@@ -79,7 +80,7 @@ from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, SessionKey
-from gateway.rpc.interface import IDispatcher, IMembership
+from gateway.rpc.interface import IDispatcher, IMembership, IOrphanedRows
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.settings import Settings, reserved_files
 from gateway.util.cork import Cork
@@ -88,6 +89,8 @@ from gateway.websocket.server import HandshakeRequest, RequestRefusedError
 
 #: how long peer.close waits for a claim in progress, in seconds
 CLAIM_TIMEOUT = 3.0
+#: how long the response about a session that is not here waits for the release of its row, in seconds
+RELEASE_TIMEOUT = 0.25
 
 Generation: TypeAlias = Annotated[int, Meta(ge=1)]
 
@@ -183,6 +186,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         membership: IMembership,
         clock: IReactorTime,
         settings: Settings,
+        orphaned_rows: IOrphanedRows,
         rebalancer: IRebalancer | None = None,
     ) -> None:
         """Without a ``rebalancer``, peer.rebalance fails."""
@@ -207,6 +211,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         self._node = node
         self._membership = membership
         self._clock = clock
+        self._orphaned_rows = orphaned_rows
         self._call_timeout = settings.call_timeout
         self._max_call_timeout = settings.max_call_timeout
         self._capacity = settings.capacity
@@ -278,6 +283,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
             with contextlib.suppress(TimeoutError):
                 await handoff.addTimeout(max(0.0, deadline - self._clock.seconds()), self._clock)
         if not await self._is_local(request.key, deadline):
+            self._orphaned_rows.check(request.key)
             raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
         if not self.may_deliver(request):
             detail = "the lease of the client's node has expired: another node may have the client now"
@@ -308,9 +314,16 @@ class PeerMethods(MethodTable[IPeerConnection]):
 
     def _peer_has(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         request = decode_params(_decode_session, params)
-        return _bool_reply(
-            not self._node.unready_reason() and self._sessions.generation(request.client) == request.generation
-        )
+        if self._sessions.generation(request.client) == request.generation:
+            return _bool_reply(not self._node.unready_reason())
+        return self._not_here(request.key)
+
+    def _not_here(self, key: SessionKey) -> Deferred[Reply]:
+        """Reply that a session is not here, once its row, if it still has one, is released: the peer may look it up
+        again."""
+        checked = self._orphaned_rows.check(key)
+        checked.addTimeout(RELEASE_TIMEOUT, self._clock, lambda result, timeout: False)
+        return checked.addCallback(lambda _: _bool_reply(False))
 
     def _peer_close(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         request = decode_params(_decode_close, params)
@@ -319,7 +332,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
 
     async def _close(self, request: _CloseParams) -> Reply:
         if not await self._is_local(request.key, self._clock.seconds() + CLAIM_TIMEOUT):
-            return _bool_reply(False)
+            return await self._not_here(request.key)
         if request.code == CloseCode.SERVICE_RESTART.value:
             # The peer relays this client: tell it to reconnect, and let its calls finish first.
             return _bool_reply(self._node.send_goaway(request.key, request.reason))

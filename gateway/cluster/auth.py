@@ -43,7 +43,7 @@ from OpenSSL import crypto
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.logger import Logger
 
-from gateway.cluster.errors import PeerAuthenticationError
+from gateway.cluster.errors import PeerAuthenticationError, WrongNodeError
 from gateway.net.certificates import Certificates
 from gateway.settings import ConfigError, Settings
 
@@ -168,7 +168,7 @@ NONCE_WINDOW = 60
 #: the most nonces kept
 MAX_NONCES = 2**18
 
-#: text of :class:`PeerAuthenticationError` for a request to another node: that node no longer listens at this address
+#: text of :class:`WrongNodeError` for a request to another node: that node no longer listens at this address
 WRONG_NODE = "it is meant for another node than this one"
 
 _AUTHORIZATION = re.compile(
@@ -208,8 +208,6 @@ class PeerAuth:
         if match is None or "\n" in target + client_id + address:
             raise PeerAuthenticationError(f"the Authorization is not {SCHEME} v1.from.to.expires.nonce.mac")
         signed, sender, to, expires, nonce, mac = match.groups()
-        if to != self._node_id:
-            raise PeerAuthenticationError(WRONG_NODE)
         if sender == self._node_id:
             raise PeerAuthenticationError("it was signed by this node itself")
         now = self._wall_clock()
@@ -227,6 +225,9 @@ class PeerAuth:
             )
         if not hmac.compare_digest(_mac(secret, signed, method, target, client_id, address), mac):
             raise PeerAuthenticationError("the signature is wrong: the cluster secrets differ")
+        # Only a node of this fleet is told so.
+        if to != self._node_id:
+            raise WrongNodeError(WRONG_NODE)
         self._check_nonce(nonce, now)
         return sender
 

@@ -3,6 +3,7 @@
 Exception
  +-- PeerUnreachableError
  +-- PeerAuthenticationError
+ |    +-- WrongNodeError
  +-- RelayRefusedError
 """
 
@@ -25,6 +26,11 @@ class PeerUnreachableError(Exception):
 class PeerAuthenticationError(Exception):
     """Raised when a request is not authenticated as one of a node of this fleet. The text gives the reason, and
     contains nothing of the request."""
+
+
+class WrongNodeError(PeerAuthenticationError):
+    """Raised when another node of this fleet has sent a request that is meant for a third one, which listened at this
+    node's address before."""
 
 
 class RelayRefusedError(Exception):

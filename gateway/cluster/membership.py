@@ -44,15 +44,19 @@ class NodeDirectory:
         *,
         on_node_down: Callable[[str], None] = lambda node_id: None,
         on_nodes_changed: Callable[[list[NodeStatus]], None] = lambda nodes: None,
+        peer_url: Callable[[], str] = lambda: "",
     ) -> None:
         """``on_nodes_changed`` is called with the other live nodes after each refresh, and before that ``on_node_down``
         with the node_id of each node that is gone. ``membership`` tells whether this node may declare another one
-        dead."""
+        dead. ``peer_url`` returns this node's own; a node with the same one is ignored."""
         self._registry = registry
         self._node_id = node_id
         self._is_stable = membership.is_stable
         self._on_node_down = on_node_down
         self._on_nodes_changed = on_nodes_changed
+        self._peer_url = peer_url
+        #: the ids of the nodes that were reported to have this node's own peer URL
+        self._same_url: set[str] = set()
         self._nodes: dict[str, NodeStatus] = {}
         self._refreshing: Deferred[None] | None = None
 
@@ -97,11 +101,17 @@ class NodeDirectory:
         self._refreshing = None
 
     async def _refresh(self) -> None:
-        live = {node.node_id: node for node in await self._registry.nodes() if node.node_id != self._node_id}
+        nodes = [node for node in await self._registry.nodes() if node.node_id != self._node_id]
+        peer_url = self._peer_url()
+        self._report_same_url([node for node in nodes if node.peer_url == peer_url])
+        live = {node.node_id: node for node in nodes if node.peer_url != peer_url}
         missing = self._nodes.keys() - live.keys()
         if missing and not self._is_stable():
-            live.update((node_id, self._nodes[node_id]) for node_id in missing)
-            missing = set()
+            # Except those whose address another node has now: its start has ended their leases.
+            urls = {node.peer_url for node in nodes}
+            kept = {node_id for node_id in missing if self._nodes[node_id].peer_url not in urls}
+            live.update((node_id, self._nodes[node_id]) for node_id in kept)
+            missing -= kept
         for node_id in live.keys() - self._nodes.keys():
             node = live[node_id]
             self._log.info("discovered node {name} at {url}", **_log_fields(node))
@@ -114,6 +124,18 @@ class NodeDirectory:
                 self._log.info("node {name} at {url} left after a drain", **_log_fields(node))
             self._on_node_down(node.node_id)
         self._on_nodes_changed(list(live.values()))
+
+    def _report_same_url(self, nodes: list[NodeStatus]) -> None:
+        """Report nodes that live at this node's own peer URL, each once. Joining has ended the leases of those that
+        were there before."""
+        for node in nodes:
+            if node.node_id not in self._same_url:
+                self._log.error(
+                    "node {name} has the same --peer-url as this node, {url}: give each node its own; until then the "
+                    "nodes do not use each other",
+                    **_log_fields(node),
+                )
+        self._same_url = {node.node_id for node in nodes}
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(RegistryUnavailableError):

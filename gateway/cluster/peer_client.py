@@ -192,14 +192,16 @@ class PeerClient:
         max_calls: int,
         max_unsent: int = MAX_UNSENT,
         tls: PeerTLS | None = None,
+        own_url: Callable[[], str] = lambda: "",
     ) -> None:
         """``node_id`` is this node's own; ``heartbeat`` and ``lease`` are in seconds. ``max_message_size`` (in both
         directions, envelope included) and ``max_unsent`` (bytes that a peer has not read yet) are in bytes. ``tls`` is
-        for wss URLs."""
+        for wss URLs. ``own_url`` returns this node's own peer URL: no other node listens there."""
         self._node_id = node_id
         self._reactor = reactor
         self._cork = cork
         self._metrics = metrics
+        self._own_url = own_url
         self._pool = PeerPool(
             peer_auth=peer_auth,
             reactor=reactor,
@@ -211,6 +213,7 @@ class PeerClient:
             max_calls=max_calls,
             max_unsent=max_unsent,
             tls=tls or PeerTLS(),
+            own_url=own_url,
         )
         self._connections = self._pool.connections
         self._pending = self._pool.pending
@@ -377,7 +380,7 @@ class PeerClient:
 
     def _enqueue_notice(self, method: str, location: Location, generation: int) -> None:
         node_id, url = location.node_id, location.peer_url
-        if self._stopped or node_id == self._node_id:
+        if self._stopped or node_id == self._node_id or url == self._own_url():
             return
         outbox = self._outboxes.get((node_id, method))
         if outbox is None:

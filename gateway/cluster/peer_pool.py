@@ -154,6 +154,8 @@ class PeerConnector:
         self._last_error: PeerUnreachableError | None = None
         self._retry_at = -math.inf
         self._log_limiter = LogLimiter(clock.seconds, LOG_INTERVAL)
+        #: whether another node was found at the address
+        self._was_replaced = False
 
     @property
     def is_idle(self) -> bool:
@@ -200,8 +202,10 @@ class PeerConnector:
         self._attempt = None
         self._state = ConnectorState.IDLE
         problem = describe_failure(failure)
-        if not failure.check(CancelledError):
-            self._record_failure(problem, failure.check(ConnectionRefusedError) is not None or WRONG_NODE in problem)
+        if WRONG_NODE in problem:
+            self._record_replaced(problem)
+        elif not failure.check(CancelledError):
+            self._record_failure(problem, failure.check(ConnectionRefusedError) is not None)
         self._observers.errback(self._last_error or PeerUnreachableError(problem))
 
     def _connection_closed(self, event: CloseEvent, connection: PeerConnection) -> None:
@@ -215,17 +219,27 @@ class PeerConnector:
         self._on_close(self.node_id, connection)
 
     def _record_failure(self, problem: str, refused: bool) -> None:
-        self._state = ConnectorState.BACKOFF
         self._metrics.link_failures += 1
-        self._last_error = PeerUnreachableError(f"node {self.node_id} at {self._url}: {problem}", refused=refused)
-        self._retry_at = self._clock.seconds() + self._backoff.next_delay()
+        self._back_off(problem, refused)
         if self._log_limiter.allow() is not None:
             url = ascii(self._url)[1:-1]
-            text = "node {node} at {url} cannot be reached: {problem}"
-            if WRONG_NODE in problem:
-                text = "node {node} does not run at {url} any more: another node answers there; its rows are removed "
-                text += "after --lease"
-            self._log.warn(text, node=self.node_id, url=url, problem=problem)
+            self._log.warn(
+                "node {node} at {url} cannot be reached: {problem}", node=self.node_id, url=url, problem=problem
+            )
+
+    def _record_replaced(self, problem: str) -> None:
+        """Take note that another node listens at the address: that is no failure, since its start has ended the lease
+        of this one."""
+        self._back_off(problem, True)
+        if not self._was_replaced:
+            self._was_replaced = True
+            url = ascii(self._url)[1:-1]
+            self._log.info("node {node} is gone: another node runs at {url} now", node=self.node_id, url=url)
+
+    def _back_off(self, problem: str, refused: bool) -> None:
+        self._state = ConnectorState.BACKOFF
+        self._last_error = PeerUnreachableError(f"node {self.node_id} at {self._url}: {problem}", refused=refused)
+        self._retry_at = self._clock.seconds() + self._backoff.next_delay()
 
     def stop(self) -> PeerConnection | None:
         """Close the connection with 1001, or cancel the attempt; returns the connection that is closing."""
@@ -277,6 +291,7 @@ class PeerPool:
         max_calls: int,
         max_unsent: int,
         tls: PeerTLS,
+        own_url: Callable[[], str] = lambda: "",
     ) -> None:
         """Parameters as for :class:`~gateway.cluster.peer_client.PeerClient`."""
         #: node_id -> its open connection
@@ -292,6 +307,7 @@ class PeerPool:
         self._max_params_size = max_message_size - MAX_ENVELOPE
         self._max_unsent = max_unsent
         self._tls = tls
+        self._own_url = own_url
         self._connectors: dict[str, PeerConnector] = {}
         #: connections that were open, until their transports are closed
         self._open_transports: set[PeerConnection] = set()
@@ -306,6 +322,8 @@ class PeerPool:
         :class:`~gateway.cluster.errors.PeerUnreachableError`; see :meth:`PeerConnector.connect`."""
         if self._stopped:
             return fail(PeerUnreachableError("this node is stopping"))
+        if url == self._own_url():
+            return fail(PeerUnreachableError(f"node {node_id}: this node listens at its address now", refused=True))
         connector = self._connectors.get(node_id)
         if connector is None:
             connector = PeerConnector(

@@ -193,6 +193,9 @@ class _RefusedReleases:
     def __len__(self) -> int:
         return len(self._releases)
 
+    def __contains__(self, key: SessionKey) -> bool:
+        return key in self._releases
+
     @property
     def is_due(self) -> bool:
         """Whether it is time to try them again."""
@@ -275,7 +278,6 @@ class WriteBatcher:
     ) -> None:
         self._clock = clock
         self._idle_submits = [submit, *other_submits]
-        self._is_concurrent = bool(other_submits)
         self._write = write
         self._metrics = metrics
         self._delay = delay
@@ -285,7 +287,7 @@ class WriteBatcher:
         self._releases: dict[SessionKey, ReleaseRequest] = {}
         self._refused = _RefusedReleases(clock, self._send)
         self._in_flight: list[_InFlight] = []
-        #: clients of the batches in flight; only kept if there may be several batches
+        #: clients of the batches in flight
         self._clients_in_flight: set[str] = set()
         self._timer: IDelayedCall | None = None
         self._backoff = Backoff(INITIAL_BACKOFF, MAX_BACKOFF)
@@ -335,6 +337,11 @@ class WriteBatcher:
         release.waiters.append(deferred)
         self._schedule(self._delay)
         return deferred
+
+    def is_writing(self, key: SessionKey) -> bool:
+        """Whether a release of this claim is queued, or any request of its client is in flight. Claims that are queued
+        do not count."""
+        return key in self._releases or key.client_id in self._clients_in_flight or key in self._refused
 
     def retry_now(self) -> None:
         """Retry the queued requests at once, if the last batch failed. To be called when the database has answered."""
@@ -396,9 +403,8 @@ class WriteBatcher:
             in_flight.part = [*self._refused.take(self._limit.value, self._clients_in_flight)]
         else:
             in_flight.part = self._take_queued()
-        if self._is_concurrent:
-            in_flight.client_ids = [request.client_id for request in in_flight.part]
-            self._clients_in_flight.update(in_flight.client_ids)
+        in_flight.client_ids = [request.client_id for request in in_flight.part]
+        self._clients_in_flight.update(in_flight.client_ids)
         return self._make_work(in_flight) if in_flight.part else None
 
     def _take_queued(self) -> list[Request]:

@@ -134,7 +134,11 @@ class IRegistry(Interface):
         """Write what is queued if the database can be reached, then disconnect."""
 
     def join(node: NodeInfo) -> Deferred[None]:
-        """Insert this node's row, in state ``up``. Counts as its first heartbeat; required before any claim."""
+        """Insert this node's row, in state ``up``. Counts as its first heartbeat; required before any claim.
+
+        Ends the leases of all nodes that joined with the same peer URL, which this node must listen at already: it is
+        restarted there, or replaces them.
+        """
 
     def heartbeat(state: str, clients: int) -> Deferred[bool]:
         """Renew this node's lease, ahead of all queued work.
@@ -182,6 +186,10 @@ class IRegistry(Interface):
         until it can be.
         """
 
+    def is_writing(key: SessionKey) -> bool:
+        """Whether a release of this claim is queued, or a claim or release of its client is being written, so that its
+        row may be removed or replaced before long. Claims that wait to be written do not count."""
+
     def find(client_id: str) -> Deferred[Location | None]:
         """Look up a client, or fire with ``None``. A location on a node with an expired lease is returned as well: the
         caller decides."""
@@ -204,6 +212,11 @@ class IRegistry(Interface):
 
     def clients(after: str, limit: int, node_id: str | None = None, prefix: str = "") -> Deferred[list[Location]]:
         """List clients of live nodes in the order of their ids (by code point), starting behind ``after``."""
+
+    def own_rows(first: str, limit: int) -> Deferred[tuple[list[SessionKey], str | None]]:
+        """List this node's rows in one segment of the table: the ``limit`` rows of all nodes from the client_id
+        ``first`` on. Fires with them, in no particular order, and the first client_id of the next segment, or ``None``
+        at the end of the table."""
 
     def nodes() -> Deferred[list[NodeStatus]]:
         """List the live nodes, in the order in which they joined."""

@@ -452,6 +452,10 @@ class SQLRegistry:
             return succeed(None)
         return self._batcher.release(key)
 
+    def is_writing(self, key: SessionKey) -> bool:
+        """Whether a release of this claim is queued, or any request of its client is in flight."""
+        return self._batcher is not None and self._batcher.is_writing(key)
+
     def find(self, client_id: str) -> Deferred[Location | None]:
         """Look up a client, or fire with ``None``."""
         if not _is_valid_client_id(client_id):
@@ -502,6 +506,13 @@ class SQLRegistry:
             locations, first = await self._run_job(Priority.READS, "clients", work)
             found += locations
         return found
+
+    def own_rows(self, first: str, limit: int) -> Deferred[tuple[list[SessionKey], str | None]]:
+        """List this node's rows in the segment of ``limit`` rows of all nodes that begins at ``first``."""
+        local_node = self._local_node
+        if local_node is None:
+            return succeed(([], None))
+        return self._run_job(Priority.MAINTENANCE, "audit", bind(self._statements.own_rows, local_node, first, limit))
 
     def nodes(self) -> Deferred[list[NodeStatus]]:
         """List the live nodes, in the order in which they joined."""

@@ -353,6 +353,7 @@ class Statements:
     ) -> int:
         info, to_timestamp = local_node.info, self._dialect.to_timestamp
         cursor.execute("DELETE FROM nodes WHERE node_id = ?", (info.node_id,))
+        self._expire_predecessors(cursor, info)
         cursor.execute(
             "INSERT INTO nodes (id, node_id, name, public_url, peer_url, state, clients, capacity, started_at,"
             " heartbeat_at, version, max_generation) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -372,6 +373,23 @@ class Statements:
             ),
         )
         return number or int(cursor.lastrowid)
+
+    def _expire_predecessors(self, cursor: Any, info: NodeInfo) -> None:
+        """End the leases of nodes that had this node's peer URL: this node listens there now, so they are gone.
+
+        One that lives, because of a wrong configuration, renews its lease at its next heartbeat.
+        """
+        # Read first: an update would wait for the locks of rows that do not match.
+        cursor.execute(
+            "SELECT id FROM nodes WHERE peer_url = ? AND peer_url <> '' AND node_id <> ? ORDER BY id",
+            (info.peer_url, info.node_id),
+        )
+        numbers = [number for (number,) in cursor.fetchall()]
+        if numbers:
+            cursor.execute(
+                f"UPDATE nodes SET heartbeat_at = ? WHERE id IN ({placeholders(numbers)})",
+                (self._dialect.to_timestamp(0), *numbers),
+            )
 
     def heartbeat(
         self, connection: Any, local_node: LocalNode, state: str, clients: int, lease_lost: list[bool] | None = None
@@ -455,7 +473,7 @@ class Statements:
         of the table. Returns them, and where the next segment begins, or ``None`` at the end."""
         with closing(connection.cursor()) as cursor:
             live = self._live_numbers(cursor, node_id)
-            following = self._end_of_scan(cursor, first, end)
+            following = self._end_of_scan(cursor, first, end, MAX_SCANNED_ROWS)
             if not live:
                 return [], following
             cursor.execute(
@@ -475,10 +493,23 @@ class Statements:
             if heartbeat_at and node_id in (None, each) and self._clock.is_live(heartbeat_at, now)
         ]
 
-    def _end_of_scan(self, cursor: Any, first: str, end: str) -> str | None:
+    def own_rows(
+        self, connection: Any, local_node: LocalNode, first: str, limit: int
+    ) -> tuple[list[SessionKey], str | None]:
+        """List this node's rows in the segment of ``limit`` rows of all nodes that begins at ``first``. Returns them,
+        and where the next segment begins, or ``None`` at the end of the table."""
+        with closing(connection.cursor()) as cursor:
+            following = self._end_of_scan(cursor, first, CLIENT_ID_UPPER_BOUND, limit)
+            cursor.execute(
+                "SELECT client_id, generation FROM clients WHERE client_id >= ? AND client_id < ? AND node = ?",
+                (first, following or CLIENT_ID_UPPER_BOUND, local_node.number),
+            )
+            return [SessionKey(client_id, generation) for client_id, generation in cursor.fetchall()], following
+
+    def _end_of_scan(self, cursor: Any, first: str, end: str, limit: int) -> str | None:
         cursor.execute(
             "SELECT client_id FROM clients WHERE client_id >= ? AND client_id < ? ORDER BY client_id LIMIT 1 OFFSET ?",
-            (first, end, MAX_SCANNED_ROWS),
+            (first, end, limit),
         )
         row = cursor.fetchone()
         return row[0] if row else None
@@ -518,7 +549,7 @@ class Statements:
     def _remove_clients(self, cursor: Any, numbers: list[int], first: str, limit: int) -> tuple[int, str | None]:
         """Remove up to ``limit`` client rows of these nodes from the segment that begins at ``first``. Returns how many
         were removed, and where to continue, or ``None`` at the end of the table."""
-        following = self._end_of_scan(cursor, first, CLIENT_ID_UPPER_BOUND)
+        following = self._end_of_scan(cursor, first, CLIENT_ID_UPPER_BOUND, MAX_SCANNED_ROWS)
         # Without locks, so that no claim waits for rows that stay.
         cursor.execute(
             "SELECT client_id, node FROM clients WHERE client_id >= ? AND client_id < ?"

@@ -32,6 +32,7 @@ from gateway.rpc.inbound import Inbound
 from gateway.rpc.interface import IDispatcher, IMembership, IRemoteNodes, IUpstream
 from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import LocationCache
+from gateway.rpc.orphans import OrphanedRows
 from gateway.rpc.pending import Call, DeferredCall, PendingCalls, Reply
 from gateway.rpc.remote import RemoteDelivery, RetryPolicy
 from gateway.rpc.token_renewal import TokenRenewal
@@ -81,12 +82,26 @@ class Dispatcher:
         self._handoffs = HandoffTracker(clock)
         #: sessions kept only for the calls in flight on them, while their clients are connected to other nodes
         self._superseded: set[SessionKey] = set()
+        self.orphaned_rows = OrphanedRows(
+            sessions=sessions,
+            registry=registry,
+            handoffs=self._handoffs,
+            node_id=node_id,
+            clock=clock,
+            metrics=metrics,
+        )
         self._locations = LocationCache(registry, clock, node_id=node_id, lease=lease)
         self._remote = RemoteDelivery(
             local=local,
             locations=self._locations,
             handoffs=self._handoffs,
-            retry_policy=RetryPolicy(self._locations, clock, node_id=node_id, membership=membership),
+            retry_policy=RetryPolicy(
+                self._locations,
+                clock,
+                node_id=node_id,
+                membership=membership,
+                orphaned_rows=self.orphaned_rows,
+            ),
             pending=pending,
             failures=failures,
             clock=clock,

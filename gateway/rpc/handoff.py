@@ -53,6 +53,10 @@ class HandoffTracker:
         if key.generation > self._generations.get(key.client_id, key.generation):
             self._finish(key.client_id)
 
+    def is_in_handoff(self, client_id: str) -> bool:
+        """Return whether the client is in handoff: the row of its closed connection is kept until that is over."""
+        return client_id in self._generations
+
     def wait(self, client_id: str, timeout: float = HANDOFF_TIMEOUT) -> Deferred[None] | None:
         """Return a Deferred if the client is in handoff, else ``None``.
 

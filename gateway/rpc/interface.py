@@ -82,6 +82,17 @@ class IDispatcher(Interface):
         :meth:`call_session`."""
 
 
+class IOrphanedRows(Interface):
+    """Releases rows of this node in the registry whose sessions it does not have."""
+
+    def check(key: SessionKey) -> Deferred[bool]:
+        """Release the row of this session if there is one, it is this node's, and the session is not here.
+
+        Fires with whether a row was released, once it is. Does not fail: with ``False`` if the registry is unavailable,
+        or what is in progress for the client may change its row. Cancelling it only stops the wait.
+        """
+
+
 class IUpstream(Interface):
     """Receivers of messages from clients: backends that have subscribed, or that serve calls."""
 

@@ -41,10 +41,10 @@ from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, SessionKey
 from gateway.rpc.errors import NotDelivered
 from gateway.rpc.handoff import HANDOFF_TIMEOUT, HandoffTracker
-from gateway.rpc.interface import IMembership, IRemoteNodes
+from gateway.rpc.interface import IMembership, IOrphanedRows, IRemoteNodes
 from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LocationCache
 from gateway.rpc.ordering import ClientQueue
@@ -83,7 +83,7 @@ class RetryPolicy:
     """Choose the node of the next attempt to deliver a message.
 
     ``membership`` tells whether this node may consider a node dead whose lease has expired, and whether its own lease
-    is valid.
+    is valid. ``orphaned_rows`` is told of the rows of this node that look-ups find.
     """
 
     def __init__(
@@ -93,12 +93,14 @@ class RetryPolicy:
         *,
         node_id: str,
         membership: IMembership,
+        orphaned_rows: IOrphanedRows,
     ) -> None:
         self._locations = locations
         self._clock = clock
         self._node_id = node_id
         self._is_stable = membership.is_stable
         self._has_lease = membership.has_lease
+        self._orphaned_rows = orphaned_rows
 
     def attempt_failed(self, location: Location, reason: FailureReason, *, repeated: bool) -> None:
         """Update the location cache after a failed attempt. Raises ``RpcError`` if an attempt failed for the same
@@ -155,7 +157,10 @@ class RetryPolicy:
             if fallback is not None:
                 return fallback, True
             raise RpcError(error_kind, client_id, sent=False) from None
-        if location is None or location.node_id == self._node_id:
+        if location is None:
+            return None, False
+        if location.node_id == self._node_id:
+            self._orphaned_rows.check(SessionKey(client_id, location.generation))
             return None, False
         return self._choose(location, last_tried, reason)
 

@@ -55,10 +55,11 @@ class BackendHarness:
         self.clock = Clock()
         self.metrics = Metrics()
         self.sessions = FakeClientSessions()
+        registry = FakeRegistry()
         self.dispatcher = Dispatcher(
             sessions=self.sessions,
             upstream=FakeUpstream(),
-            registry=FakeRegistry(),
+            registry=registry,
             membership=FakeMembership(),
             clock=self.clock,
             metrics=self.metrics,
@@ -74,7 +75,9 @@ class BackendHarness:
         self.upstream = BackendDispatcher(
             clock=self.clock, metrics=self.metrics, settings=Settings(capacity=9), node_id="n"
         )
-        directory = ClientDirectory(self.sessions, FakeRegistry(), FakeNode(), FakeMembership())
+        directory = ClientDirectory(
+            self.sessions, registry, FakeNode(), FakeMembership(), self.dispatcher.orphaned_rows
+        )
         self.methods = BackendMethods(dispatcher=self.dispatcher, directory=directory, upstream=self.upstream)
         for client_id in ("x", "y", "gone"):
             self.sessions.generations[client_id] = 7

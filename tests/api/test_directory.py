@@ -62,8 +62,75 @@ class FindTests(TestCase):
         self.assertEqual((response.status, response.json["error"]), (404, "not_connected"))
 
     def test_row_of_this_node_without_a_session(self):
-        self.endpoint.registry.add("x", NODE_ID)
-        self.assertEqual(self.endpoint.request("GET", "/v1/clients/x").status, 404)
+        for method in ("GET", "DELETE"):
+            self.endpoint.registry.add("x", NODE_ID)
+            self.assertEqual(self.endpoint.request(method, "/v1/clients/x").status, 404)
+            self.assertEqual(self.endpoint.registry.rows, {}, method)
+
+
+class FindRemoteTests(TestCase):
+    """GET /v1/clients/{client_id} with peers: the client's node confirms that it has the client."""
+
+    def setUp(self):
+        self.peers = FakePeerClient()
+        self.endpoint = EndpointHarness(peers=self.peers)
+        self.registry = self.endpoint.registry
+        self.registry.add("x")
+
+    def get(self):
+        response = self.endpoint.request("GET", "/v1/clients/x")
+        return response.status, response.json.get("generation")
+
+    def asked(self):
+        return ("has_client", OTHER_ID, "x", 9)
+
+    def test_confirmed(self):
+        self.peers.results.append(True)
+        self.assertEqual(self.get(), (200, 9))
+        self.assertEqual((self.peers.requests, len(self.registry.queries)), ([self.asked()], 1))
+
+    def test_node_does_not_have_the_client(self):
+        """It removes the row before it answers."""
+        self.peers.results.append(self.answer(lambda: self.registry.rows.clear()))
+        self.assertEqual(self.get(), (404, None))
+
+    def answer(self, action):
+        """Do something while the node is asked; it answers that it does not have the client."""
+
+        def act(_):
+            action()
+            return False
+
+        deferred = Deferred()
+        deferred.addCallback(act)
+        self.endpoint.clock.callLater(0, deferred.callback, None)
+        return deferred
+
+    def test_node_that_drains(self):
+        """It says that it does not take clients, and the row is still there."""
+        self.peers.results.append(False)
+        self.assertEqual(self.get(), (200, 9))
+        self.assertEqual(self.peers.requests, [self.asked()])
+
+    def test_client_that_moves(self):
+        self.peers.results.append(self.answer(lambda: self.registry.add("x", "third", 10)))
+        self.assertEqual(self.get(), (200, 10))
+        self.assertEqual(self.peers.requests, [self.asked()])
+
+    def test_client_that_moves_here(self):
+        def come():
+            self.registry.add("x", NODE_ID, 10)
+            self.endpoint.sessions.add("x", 10)
+
+        self.peers.results.append(self.answer(come))
+        self.assertEqual(self.get(), (200, 10))
+
+    def test_node_that_cannot_be_asked(self):
+        """The registry decides, until its lease has expired."""
+        self.peers.results.append(PeerUnreachableError("silent"))
+        self.assertEqual(self.get(), (200, 9))
+        self.registry.add("x", live=False)
+        self.assertEqual(self.get(), (404, None))
 
 
 class PageTests(TestCase):

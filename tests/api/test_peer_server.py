@@ -132,12 +132,17 @@ class CredentialTests(TestCase):
             (there.sign(NODE_ID, "GET", "/v1/relay"), "signature"),
             (there.sign(NODE_ID, "POST", "/v1/backend"), "signature"),
             (there.sign(NODE_ID, "GET", "/v1/backend", "x"), "signature"),
-            # The peer that this request is for is gone, and may count as dead.
-            (there.sign("another-node", "GET", "/v1/backend"), WRONG_NODE),
+            (stranger.sign("another-node", "GET", "/v1/backend"), "signature"),
         ):
             status, body = self.open_handshake(endpoint, [("Authorization", value)])
             self.assertEqual((status, body["error"]), (401, "peer"))
             self.assertIn(why, body["message"])
+        # The peer that this request is for is gone, and may count as dead: that is not counted as an attack.
+        status, body = self.open_handshake(
+            endpoint, [("Authorization", there.sign("another-node", "GET", "/v1/backend"))]
+        )
+        self.assertEqual((status, body["error"], endpoint.metrics.refused["wrong_node"]), (401, "wrong_node", 1))
+        self.assertIn(WRONG_NODE, body["message"])
         queried = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend?a=b"))]
         self.assertEqual(self.refused(endpoint, queried), (401, "peer"))
         queried = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend?a=b"))]

@@ -9,13 +9,14 @@ from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
-from gateway.api.peer_server import CLAIM_TIMEOUT, IPeerConnection
+from gateway.api.peer_server import CLAIM_TIMEOUT, RELEASE_TIMEOUT, IPeerConnection
 from gateway.protocol.errors import ErrorKind
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import SessionKey
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import BackendTestCase, PeerConnectionTestCase, call, nothing_forwarded, notification
 from tests.builders.endpoint import EndpointHarness, PeerWebSocket, rpc_error
-from tests.fakes.api import authenticate_peer
+from tests.fakes.api import NODE_ID, authenticate_peer
 from tests.fakes.cluster import FakeRebalancer
 
 
@@ -372,6 +373,39 @@ class NodeTests(PeerConnectionTestCase):
         for reason in ("draining", "registry", "starting"):
             self.node.not_ready_reason = reason
             self.assertIs(self.result("peer.has", {"client": "x", "generation": 7}), False)
+
+    def test_session_that_is_not_here_has_its_row_removed(self):
+        """Whichever method asks about it: the peer has found the row in the registry."""
+        rows, key = self.endpoint.registry.rows, SessionKey("y", 9)
+        message = {"client": "y", "generation": 9, "method": "m"}
+        for method, params, code in (
+            ("peer.has", {"client": "y", "generation": 9}, None),
+            ("peer.close", {"client": "y", "generation": 9, "code": 4003, "reason": ""}, None),
+            ("client.call", message, -32001),
+            ("client.notify", message, -32001),
+        ):
+            self.endpoint.registry.add("y", NODE_ID, 9)
+            response = self.request(method, params)
+            self.assertEqual(response.get("error", {"code": None})["code"], code)
+            self.assertEqual(rows, {}, method)
+        self.assertEqual(self.endpoint.orphaned_rows.checked, [key] * 4)
+
+    def test_response_waits_for_the_row_of_a_session_that_is_not_here(self):
+        """The peer may look the client up again."""
+        for method, params in (
+            ("peer.has", {"client": "y", "generation": 9}),
+            ("peer.close", {"client": "y", "generation": 9, "code": 4003, "reason": ""}),
+        ):
+            for outcome in (True, None):
+                self.endpoint.orphaned_rows.result = checking = Deferred()
+                self.peer.send_message(call("u", method, params))
+                self.clock.advance(RELEASE_TIMEOUT / 2)
+                self.assertEqual(self.peer.messages(), [])
+                if outcome:
+                    checking.callback(True)
+                else:
+                    self.clock.advance(RELEASE_TIMEOUT / 2)
+                self.assertEqual([response["result"] for response in self.peer.messages()], [False])
 
     def close(self, generation=7):
         params = {"client": "x", "generation": generation, "code": 4003, "reason": "why"}

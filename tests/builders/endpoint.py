@@ -15,7 +15,15 @@ from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.settings import Settings
 from tests.builders.http import UPGRADE, FakeTransport, HTTPResponse, frame, frames, request, responses
-from tests.fakes.api import NODE_ID, OTHER_ID, FakeClientSessions, FakeDispatcher, FakeNode, FakeRegistry
+from tests.fakes.api import (
+    NODE_ID,
+    OTHER_ID,
+    FakeClientSessions,
+    FakeDispatcher,
+    FakeNode,
+    FakeOrphanedRows,
+    FakeRegistry,
+)
 from tests.fakes.rpc import FakeMembership
 
 
@@ -57,6 +65,7 @@ class EndpointHarness:
         self.dispatcher = FakeDispatcher()
         self.sessions = self.dispatcher.sessions = FakeClientSessions()
         self.registry = FakeRegistry()
+        self.orphaned_rows = FakeOrphanedRows(self.registry, self.sessions)
         self.node = FakeNode()
         self.membership = FakeMembership()
         self.metrics = Metrics()
@@ -73,6 +82,7 @@ class EndpointHarness:
             upstream=self.upstream,
             metrics=self.metrics,
             settings=self.settings,
+            orphaned_rows=self.orphaned_rows,
             authenticate_backend=authenticate_backend,
             reactor=self.clock,
             wall_clock=lambda: 1700000000.0 + self.clock.seconds(),

@@ -41,6 +41,7 @@ class PeerClientCase(SynchronousTestCase):
     node_id = A
     heartbeat, lease = 5.0, 15.0
     max_message_size, max_calls, max_unsent = 10000, 20, 100000
+    own_url = "ws://a.example:8081"
 
     def setUp(self) -> None:
         self.net = FakeNetwork()
@@ -57,6 +58,7 @@ class PeerClientCase(SynchronousTestCase):
             max_message_size=self.max_message_size,
             max_calls=self.max_calls,
             max_unsent=self.max_unsent,
+            own_url=lambda: self.own_url,
         )
 
     def connected_peer(self) -> RemotePeer:

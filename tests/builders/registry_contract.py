@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from zope.interface.verify import verifyObject
@@ -318,6 +319,66 @@ class RegistryContractMixin(RegistryMixin):
         self.result_of(b.leave())
         self.assertEqual(self.result_of(self.a.clients("", 100)), [])
         self.assertEqual([node.name for node in self.result_of(self.a.nodes())], ["a"])
+
+    def test_own_rows_in_segments(self) -> None:
+        b = self.start_node("b")
+        generations = {}
+        for number in range(7):
+            registry = b if number % 3 == 0 else self.a
+            generations[f"c{number}"] = self.result_of(registry.claim(f"c{number}", "h:1")).generation
+        segments = []
+        first: str | None = ""
+        while first is not None:
+            rows, first = self.result_of(self.a.own_rows(first, 3))
+            segments.append(sorted(rows))
+        expected = [["c1", "c2"], ["c4", "c5"], []]
+        self.assertEqual(
+            segments, [[(client_id, generations[client_id]) for client_id in segment] for segment in expected]
+        )
+        self.assertEqual(self.result_of(self.make_registry().own_rows("", 3)), ([], None))
+
+    def test_joining_ends_the_lease_of_a_node_at_the_same_address(self) -> None:
+        """That node was killed. Its rows have no owner from now on, and are reaped at once."""
+        b = self.start_node("b")
+        for client_id in ("x", "y"):
+            self.result_of(self.a.claim(client_id, "h:1"))
+        again = self.make_registry()
+        self.result_of(again.open())
+        self.addCleanup(lambda: self.result_of(again.close()))
+        self.result_of(again.join(attrs.evolve(node_info("again"), peer_url=node_info("a").peer_url)))
+        self.assertEqual([node.name for node in self.result_of(b.nodes())], ["b", "again"])
+        self.assertIsNone(self.result_of(b.find("x")))
+        self.assertEqual(self.result_of(b.clients("", 10)), [])
+        claim = self.result_of(again.claim("x", "h:2", ClaimPolicy(0)))
+        self.assertIsNone(claim.previous_owner)
+        self.assertEqual(self.result_of(b.reap(10)), 1)
+        self.assertEqual(self.result_of(b.find("x")).node_name, "again")
+        self.assertTrue(self.result_of(b.heartbeat("up", 0)))
+
+    def test_node_that_lives_at_the_same_address_renews_its_lease(self) -> None:
+        """As with two nodes that were given one peer URL by mistake."""
+        claim = self.result_of(self.a.claim("x", "h:1"))
+        other = self.make_registry()
+        self.result_of(other.open())
+        self.addCleanup(lambda: self.result_of(other.close()))
+        self.result_of(other.join(attrs.evolve(node_info("other"), peer_url=node_info("a").peer_url)))
+        self.assertFalse(self.result_of(self.a.heartbeat("up", 1)))
+        self.result_of(self.a.reclaim(SessionKey("x", claim.generation), "h:1"))
+        self.assertTrue(self.result_of(other.heartbeat("up", 0)))
+        self.assertTrue(self.result_of(self.a.heartbeat("up", 1)))
+        self.assertEqual([node.name for node in self.result_of(other.nodes())], ["a", "other"])
+        self.assertEqual(self.result_of(other.find("x")).generation, claim.generation)
+
+    def test_is_writing_until_the_outcome_is_known(self) -> None:
+        claiming = self.a.claim("x", "h:1")
+        claim = self.result_of(claiming)
+        key = SessionKey("x", claim.generation)
+        self.assertFalse(self.a.is_writing(key))
+        releasing = self.a.release(key)
+        self.assertTrue(self.a.is_writing(key))
+        self.assertFalse(self.a.is_writing(SessionKey("y", claim.generation)))
+        self.result_of(releasing)
+        self.assertFalse(self.a.is_writing(key))
 
     def test_closing_writes_queued_releases(self) -> None:
         b = self.start_node("b")

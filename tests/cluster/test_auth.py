@@ -39,7 +39,7 @@ from gateway.cluster.auth import (
     PeerAuth,
     PeerTLS,
 )
-from gateway.cluster.errors import PeerAuthenticationError
+from gateway.cluster.errors import PeerAuthenticationError, WrongNodeError
 from gateway.net import tls
 from gateway.net.certificates import Certificates
 from gateway.net.tls import describe_tls_error, verified_certificate
@@ -238,7 +238,11 @@ class PeerAuthTests(SynchronousTestCase):
         self.assert_refused("is not Wsgateway-Peer", header, "GET", "/", "x", "y\nz")
 
     def test_another_node(self) -> None:
-        self.assert_refused(WRONG_NODE, self.a.sign(C, *REQUEST))
+        header = self.a.sign(C, *REQUEST)
+        self.assert_refused(WRONG_NODE, header)
+        self.assertRaises(WrongNodeError, self.b.verify, header, *REQUEST)
+        self.secret = SECRET + b"!"
+        self.assert_refused("secrets differ", header)
 
     def test_secret(self) -> None:
         header = self.a.sign(B, *REQUEST)

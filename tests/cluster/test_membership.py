@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
@@ -413,12 +414,14 @@ class NodeDirectoryTest(SynchronousTestCase):
         self.membership = FakeMembership()
         self.seen: list[list[str]] = []
         self.gone: list[str] = []
+        self.peer_url = "ws://a:81"
         self.node_directory = NodeDirectory(
             self.registry,
             "a",
             self.membership,
             on_node_down=self.gone.append,
             on_nodes_changed=lambda nodes: self.seen.append(sorted(node.node_id for node in nodes)),
+            peer_url=lambda: self.peer_url,
         )
 
     def refresh(self, *names: str) -> None:
@@ -432,6 +435,30 @@ class NodeDirectoryTest(SynchronousTestCase):
             (len(self.node_directory), self.node_directory.peer_nodes()), (2, [node_status("b"), node_status("c")])
         )
         self.assertEqual((self.node_directory.find("b"), self.node_directory.find("a")), (node_status("b"), None))
+
+    def test_nodes_with_this_nodes_peer_url(self) -> None:
+        """They are ignored, and reported once: joining has ended the lease of a node that was there before."""
+        self.peer_url = node_status("b").peer_url
+        with capturedLogs() as logs:
+            self.refresh("a", "b", "c")
+            self.refresh("a", "b", "c")
+        self.assertEqual((self.seen, self.gone), ([["c"], ["c"]], []))
+        self.assertEqual((len(self.node_directory), self.node_directory.find("b")), (1, None))
+        texts = [log["log_format"].format(**log) for log in logs if log["log_level"] is LogLevel.error]
+        self.assertEqual(len(texts), 1)
+        self.assertIn("node b has the same --peer-url as this node", texts[0])
+        self.refresh("a", "c")
+        with capturedLogs() as logs:
+            self.refresh("a", "b", "c")
+        self.assertEqual(len(logs), 1)
+
+    def test_unstable_node_and_a_node_that_was_restarted(self) -> None:
+        """The new node has ended the lease of the old one, at the same address."""
+        self.membership.stable = False
+        self.refresh("b", "c")
+        self.registry.result = [attrs.evolve(node_status("b"), node_id="b2")]
+        self.successResultOf(self.node_directory.refresh())
+        self.assertEqual((self.seen[-1], self.gone), (["b2", "c"], ["b"]))
 
     def test_nodes_that_are_gone(self) -> None:
         self.refresh("a", "b", "c")

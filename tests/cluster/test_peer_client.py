@@ -692,3 +692,20 @@ class OwnershipOutboxTests(SynchronousTestCase):
         self.outbox.add(SessionKey("y", 1))
         self.clock.advance(0)
         self.assertEqual(self.batches[-1], [("x", 1), ("y", 1)])
+
+
+class OwnAddressTests(PeerClientCase):
+    """A node that was at this node's address is gone."""
+
+    own_url = location().peer_url
+
+    def test_is_not_connected(self) -> None:
+        error = self.failureResultOf(self.peer_client.has_client(location(), 1.0), PeerUnreachableError).value
+        self.assertFalse(error.sent)
+        self.assertEqual(self.failureResultOf(self.peer_client.connect(location()), RpcError).value.sent, False)
+        self.assertEqual((self.net.attempts(), self.metrics.link_failures), (0, 0))
+
+    def test_gets_no_notices(self) -> None:
+        self.peer_client.notify_takeover(location(), 8)
+        self.peer_client.notify_claim_revoked(location(), 8)
+        self.assertEqual(self.peer_client._outboxes, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError
 from twisted.internet.task import Clock
@@ -361,12 +362,18 @@ class PeerConnectorTests(SynchronousTestCase):
         self.assertEqual(texts[-1][1], f"node b at {URL} is connected again")
 
     def test_log_of_another_node_at_that_url(self) -> None:
+        """It is no failure: the address of a node that was killed has been given to another."""
         with capturedLogs() as logs:
-            self.fail(HandshakeRefusedError(401, {}, b'{"error":"peer","message":"%b"}' % WRONG_NODE.encode()))
+            for error in ("peer", "wrong_node"):
+                body = msgspec.json.encode({"error": error, "message": f"no: {WRONG_NODE}"})
+                self.fail(HandshakeRefusedError(401, {}, body))
+                self.failureResultOf(self.connector.connect(URL), PeerUnreachableError)
+                self.clock.advance(MAX_BACKOFF)
         self.assertEqual(
-            [log["log_format"].format(**log) for log in logs],
-            [f"node b does not run at {URL} any more: another node answers there; its rows are removed after --lease"],
+            [(log["log_level"], log["log_format"].format(**log)) for log in logs],
+            [(LogLevel.info, f"node b is gone: another node runs at {URL} now")],
         )
+        self.assertEqual(self.metrics.link_failures, 0)
 
     def test_stop(self) -> None:
         connection = self.connected()

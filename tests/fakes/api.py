@@ -14,7 +14,7 @@ from gateway.cluster.interface import INode, IPeerClient
 from gateway.protocol.errors import RpcError
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, Location, NodeStatus, SessionKey
-from gateway.rpc.interface import IDispatcher
+from gateway.rpc.interface import IDispatcher, IOrphanedRows
 from gateway.rpc.pending import Call, Reply
 
 NODE_ID = "11111111-1111-4111-8111-111111111111"
@@ -209,6 +209,31 @@ class FakeRegistry:
         self.statuses.append(NodeStatus(node_id, name, "ws://a", f"ws://{name}:8081", 3, 100, "up", 1.5))
 
 
+@implementer(IOrphanedRows)
+class FakeOrphanedRows:
+    """Remove the rows of sessions that are not connected here, at once or when ``result`` fires."""
+
+    def __init__(self, registry: FakeRegistry, sessions: FakeClientSessions) -> None:
+        self._registry = registry
+        self._sessions = sessions
+        self.checked: list[SessionKey] = []
+        self.result: Deferred[bool] | None = None
+
+    def check(self, key):
+        self.checked.append(key)
+        if self.result is not None:
+            return self.result
+        row = self._registry.rows.get(key.client_id)
+        orphaned = (
+            row is not None
+            and (row.node_id, row.generation) == (NODE_ID, key.generation)
+            and self._sessions.generation(key.client_id) < key.generation
+        )
+        if orphaned:
+            del self._registry.rows[key.client_id]
+        return succeed(orphaned)
+
+
 @implementer(IPeerClient)
 class FakePeerClient:
     """Record requests to other nodes. Each request takes the next of ``results``."""
@@ -227,7 +252,10 @@ class FakePeerClient:
     def unused(self, *args):
         raise NotImplementedError
 
-    has_client = has_room = notify_claim_revoked = notify_takeover = unused
+    def has_client(self, location, timeout):
+        return self._request("has_client", location.node_id, location.client_id, location.generation)
+
+    has_room = notify_claim_revoked = notify_takeover = unused
 
     def close_session(self, location, code, reason):
         return self._request("close", location.node_id, location.client_id, location.generation, code, reason)

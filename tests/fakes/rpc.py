@@ -42,6 +42,8 @@ class FakeClientSessions:
         self.buffered_bytes = self.buffer_queries = 0
         #: called while a message is sent
         self.on_send: Callable[[str, bytes], None] = lambda client_id, payload: None
+        #: the arguments of restore_claim()
+        self.restored: list[SessionKey] = []
 
     def get(self, client_id: str) -> SessionInfo | None:
         generation = self.generations.get(client_id)
@@ -61,7 +63,7 @@ class FakeClientSessions:
         return current
 
     def claim_in_progress(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
-        if client_id not in self.claiming or client_id in self.generations:
+        if client_id not in self.claiming or self.generation(client_id) > newer_than:
             return None
         waiter: Deferred[None] = Deferred(lambda d: self.claiming[client_id].remove(d))
         self.claiming[client_id].append(waiter)
@@ -86,7 +88,8 @@ class FakeClientSessions:
     def close_superseded(self, key: SessionKey) -> None:
         raise NotImplementedError
 
-    restore_claim = close_superseded
+    def restore_claim(self, key: SessionKey) -> None:
+        self.restored.append(key)
 
     def client_ids(self) -> list[str]:
         return list(self.generations)
@@ -260,9 +263,14 @@ class FakeMembership:
 
 
 class FakeRegistry:
-    """Lookups only. Returns ``result`` at once, or when the test fires it."""
+    """Lookups, and releases. A lookup returns ``result`` at once, or when the test fires it."""
 
     def __init__(self) -> None:
+        #: the claims whose releases are queued
+        self.writing: set[SessionKey] = set()
+        self.released: list[SessionKey] = []
+        #: what the next releases return
+        self.release_result: Deferred[None] | Exception | None = None
         self.result: Location | Exception | Deferred[Location | None] | None = None
         self.queries: list[str] = []
 
@@ -273,3 +281,12 @@ class FakeRegistry:
         if isinstance(self.result, Exception):
             return fail(self.result)
         return succeed(self.result)
+
+    def is_writing(self, key: SessionKey) -> bool:
+        return key in self.writing
+
+    def release(self, key: SessionKey) -> Deferred[None]:
+        self.released.append(key)
+        if isinstance(self.release_result, Exception):
+            return fail(self.release_result)
+        return succeed(None) if self.release_result is None else self.release_result

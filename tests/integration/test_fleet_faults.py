@@ -62,6 +62,47 @@ async def test_killed_node_is_replaced_on_the_same_port(fleet: Callable[..., lis
 
 
 @asynchronous
+async def test_killed_node_is_restarted_at_its_address(fleet: Callable[..., list[Node]]) -> None:
+    """It takes the place of its predecessor at once, for the whole fleet, and nothing looks like an attack."""
+    nodes = fleet(3, "--lease", "30", "--heartbeat", "1")
+    killed, *others = nodes
+    old_id = killed.node_id
+    group = ClientGroup([killed], CLIENTS, [killed])
+    async with killed.connect("gone"), group:
+        for other in others:
+            # They know where the clients are, and are connected to the node.
+            await all_answer(group, [other], 5)
+        killed.kill()
+        await killed.ended()
+        log_size = len(killed.log.read_text())
+        (again,) = fleet(
+            1,
+            *("--lease", "30", "--heartbeat", "1"),
+            registry=killed.registry,
+            ports=(killed.client_port, killed.backend_port),
+        )
+        assert await again.metric("wsgateway_nodes") == 2
+        assert len((await again.request("GET", "/v1/nodes")).json["nodes"]) == 3
+        broken = [await other.metric("wsgateway_link_failures_total") for other in others]
+        for node in (again, *others):
+            error = (await node.call("gone", "who")).json["error"]
+            assert (error["code"], error["data"]["sent"]) == (-32001, False)
+            for method in ("GET", "DELETE"):
+                assert (await node.request(method, "/v1/clients/gone")).status == 404
+        # Its clients come back, and some are called before that.
+        await all_answer(group, [again, *others], 10)
+        await asyncio.sleep(2.5)
+        assert [await node.metric("wsgateway_nodes") for node in (again, *others)] == [2, 2, 2]
+        assert await again.metric("wsgateway_link_failures_total") == 0
+        assert [await other.metric("wsgateway_link_failures_total") for other in others] == broken
+        for node in (again, *others):
+            assert b'wsgateway_refused_total{reason="peer"}' not in (await node.request("GET", "/metrics")).body
+    log = again.log.read_text()[log_size:]
+    assert old_id not in log
+    assert "401" not in log
+
+
+@asynchronous
 async def test_node_stopped_for_three_leases_checks_its_claims(
     fleet: Callable[..., list[Node]],
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import websockets
-from fleet import CHECKOUT, TWISTD, Node, asynchronous, closed, serving_client
+from fleet import CHECKOUT, TWISTD, Node, asynchronous, closed, eventually, serving_client
 
 from gateway import __version__
 
@@ -104,6 +105,22 @@ async def test_rows_of_a_killed_node_are_ignored(start: Callable[..., Node]) -> 
         assert (await second.call("c-1", "echo", [1])).json["error"]["code"] == -32001
     for client in clients:
         await client.close()
+
+
+@asynchronous
+async def test_audit_finds_what_a_restored_database_has_wrong(start: Callable[..., Node]) -> None:
+    """On a single node, too."""
+    node = start("--auth", "none")
+    async with serving_client(node, "here"):
+        ((_, number, generation, *_),) = node.rows("clients")
+        with contextlib.closing(sqlite3.connect(node.database, isolation_level=None)) as database:
+            database.execute("UPDATE clients SET client_id = 'gone'")
+
+        async def repaired() -> bool:
+            return [row[:3] for row in node.rows("clients")] == [("here", number, generation)]
+
+        await eventually(repaired, "the row of the client that is gone is replaced", 5)
+        assert await node.metric("wsgateway_orphaned_rows_total") == 1
 
 
 @asynchronous

@@ -124,9 +124,10 @@ class NoRemoteNodesTests(DispatcherTestCase):
         self.assertEqual(self.metrics.calls_failed, {"-32001": 1})
 
     def test_row_of_this_node(self) -> None:
-        """The registry is behind: the client was connected here."""
+        """The database has lost the release: the client was connected here."""
         self.registry.result = remote_location("this-node")
         self.assert_both(ErrorKind.NOT_CONNECTED, False)
+        self.assertEqual(set(self.registry.released), {("x", 7)})
 
     def test_another_node(self) -> None:
         self.registry.result = remote_location()

@@ -141,6 +141,7 @@ def sizes(process: NodeProcess) -> dict[str, int]:
         ),
         "look-ups": len(dispatcher._locations._lookups),
         "conflicts": len(components.reconciler._conflicts),
+        "orphaned rows": len(dispatcher.orphaned_rows),
         "requests of peers": sum(
             len(connection._in_progress) for connection in components.backend_endpoint.peer_factory._connections
         ),
