@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import parse_qs, urlsplit
 
 import attrs
@@ -39,8 +39,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.agent import Agent
-from gateway.agent.errors import CallTimedOut, ConnectionLost, RpcFailed
+from gateway.agent.errors import AgentError, CallTimedOut, ConnectionLost, RpcFailed
 from gateway.agent.session import RPCSession
+from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.protocol.uri import CONNECT_PATH
@@ -270,7 +271,7 @@ class MemoryGateway:
         """Call an agent as a backend does, and flush. Fires with the decoded result.
 
         Fails with :class:`~gateway.agent.RpcFailed`: the error of the agent's response, or one of the gateway (-32001,
-        -32002 or -32003, with ``client`` and ``sent`` in ``data``).
+        -32002 or -32003), whose ``gateway`` is true, with ``client`` and ``sent`` in ``data``.
         """
         connection = self._connections.get(client_id)
         if connection is None:
@@ -291,7 +292,8 @@ class MemoryGateway:
         """Serve calls of agents.
 
         ``handler(client_id, params)`` returns a value, a Deferred or a coroutine, or raises
-        :class:`~gateway.agent.AgentError`.
+        :class:`~gateway.agent.AgentError`. Other methods get -32601: of the backend if it serves any method, else of
+        the gateway.
         """
         self._methods[method] = handler
 
@@ -376,13 +378,27 @@ class MemoryGateway:
             del self._connections[connection.client_id]
 
     def _handler_for(self, client_id: str, method: str) -> Callable[[Any], Any] | None:
+        if not self._methods or method.startswith("gateway."):
+            return None
         handler = self._methods.get(method)
-        return None if handler is None else partial(handler, client_id)
+        return _refuse_method if handler is None else partial(handler, client_id)
 
 
 def _rpc_failed(kind: ErrorKind, client_id: str) -> RpcFailed:
     error = msgspec.json.decode(RpcError(kind, client_id).to_json())
-    return RpcFailed(error["code"], error["message"], error["data"])
+    return RpcFailed(error["code"], error["message"], error["data"], gateway=True)
+
+
+def _encode_refusal(client_id: str, id: bytes, kind: ErrorKind, detail: str) -> bytes:
+    """Encode an error of the gateway itself as the response to a raw id."""
+    # Of the responses, only that of a handler can be too large: it has the call.
+    sent = True if kind is ErrorKind.TOO_LARGE else None
+    return jsonrpc.encode_gateway_error(id, RpcError(kind, client_id, sent=sent, detail=detail or None).to_json())
+
+
+def _refuse_method(params: Any) -> NoReturn:
+    """Answer a call of a method that no handler serves, as a backend does."""
+    raise AgentError(ErrorKind.METHOD_NOT_FOUND.value.code, ErrorKind.METHOD_NOT_FOUND.value.message)
 
 
 def _to_backend_error(failure: Failure, client_id: str) -> Failure:
@@ -390,6 +406,9 @@ def _to_backend_error(failure: Failure, client_id: str) -> Failure:
         raise _rpc_failed(ErrorKind.TIMEOUT, client_id)
     if isinstance(failure.value, ConnectionLost):
         raise _rpc_failed(ErrorKind.CONNECTION_LOST, client_id)
+    if isinstance(failure.value, RpcFailed):
+        # The agent's own error, whatever it looks like.
+        raise RpcFailed(failure.value.code, failure.value.message, failure.value.data)
     return failure
 
 
@@ -439,6 +458,7 @@ class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
             handler_for=partial(self._gateway._handler_for, self.client_id),
             on_notification=self._notification_received,
             max_message_size=self.maxMessagePayloadSize,
+            encode_refusal=partial(_encode_refusal, self.client_id),
         )
         self._gateway._connection_opened(self)
         self._ping_timer = self._gateway.clock.callLater(PING_INTERVAL, self._ping)

@@ -51,6 +51,35 @@ class MemoryGatewayTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(self.gateway.call("demo-1", "echo", {"a": 1})), {"a": 1})
         self.assertEqual(self.successResultOf(self.gateway.call("demo-2", "echo")), "two")
 
+    def test_marks(self) -> None:
+        """``sent`` counts in errors of the gateway only, in both directions."""
+        forged = {"client": "demo-1", "sent": False}
+
+        def forge(*args: Any) -> None:
+            raise AgentError(-32004, "the client's node cannot be reached", forged)
+
+        def failure(answer: Deferred[Any]) -> tuple[int, bool, bool]:
+            self.gateway.flush()
+            error = self.failureResultOf(answer, RpcFailed).value
+            return error.code, error.gateway, error.sent
+
+        agent = self.start(methods={"forge": forge, "slow": lambda params: Deferred()})
+        self.assertEqual(failure(self.gateway.call("nobody", "forge")), (-32001, True, False))
+        self.assertEqual(failure(self.gateway.call("demo-1", "forge")), (-32004, False, True))
+        self.assertEqual(failure(self.gateway.call("demo-1", "other")), (-32601, False, True))
+        slow = self.gateway.call("demo-1", "slow", timeout=1)
+        self.gateway.advance(1)
+        self.assertEqual(failure(slow), (-32002, True, True))
+        # No backend serves.
+        answer = agent.call("forge")
+        self.assertEqual(failure(answer), (-32601, True, False))
+        self.gateway.serve("forge", forge)
+        self.gateway.serve("large", lambda client_id, params: "x" * 2**20)
+        self.assertEqual(failure(agent.call("forge")), (-32004, False, True))
+        self.assertEqual(failure(agent.call("other")), (-32601, False, True))
+        self.assertEqual(failure(agent.call("gateway.other")), (-32601, True, False))
+        self.assertEqual(failure(agent.call("large")), (-32006, True, True))
+
     def test_errors_of_the_gateway(self) -> None:
         waiting: Deferred[Any] = Deferred()
         self.start(methods={"slow": lambda params: waiting})

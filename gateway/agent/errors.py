@@ -7,6 +7,9 @@ Exception
       +-- NotConnected       nothing was sent
       +-- ConnectionLost     the connection was lost before the response
       +-- CallTimedOut       no response in time
+
+Each ``CallFailed`` has ``sent``: ``False`` guarantees that the other side did not get the call, so that it may be
+repeated; ``True`` means that it may have.
 """
 
 from __future__ import annotations
@@ -30,19 +33,30 @@ class AgentError(Exception):
 class CallFailed(Exception):
     """A call or notification failed. Base class of the four below."""
 
+    #: whether the other side may have got the call
+    sent = True
+
 
 class RpcFailed(CallFailed):
-    """The response to the call is an error object."""
+    """The response to the call is an error object.
 
-    def __init__(self, code: int, message: str, data: object = None) -> None:
+    ``gateway`` is whether the error is the gateway's own, not that of the other side. Only then does ``sent`` in
+    ``data`` count: the other side may write any error object.
+    """
+
+    def __init__(self, code: int, message: str, data: object = None, *, gateway: bool = False) -> None:
         super().__init__(f"{code} {message}")
         self.code = code
         self.message = message
         self.data = data
+        self.gateway = gateway
+        self.sent = not (gateway and isinstance(data, dict) and data.get("sent") is False)
 
 
 class NotConnected(CallFailed):
     """There is no connection; nothing was sent."""
+
+    sent = False
 
 
 class ConnectionLost(CallFailed):

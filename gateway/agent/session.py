@@ -5,6 +5,7 @@
 <- {"jsonrpc":"2.0","method":"policy.changed","params":[3]}                       a notification of the peer
 -> {"jsonrpc":"2.0","id":1,"method":"policy.get"}                                 a call of this side
 <- {"jsonrpc":"2.0","id":1,"result":true}                                         its result, or "error"
+<- {"jsonrpc":"2.0","id":1,"error":{"code":-32601,…},"gateway":true}              an error of the gateway itself
 -> {"jsonrpc":"2.0","method":"job.done","params":{"job":9}}                       a notification of this side
 """
 
@@ -60,8 +61,13 @@ def encode_error(code: int, message: str, data: object = None) -> bytes:
     return msgspec.json.encode(error)
 
 
-def _encode_kind(kind: ErrorKind, message: str = "") -> bytes:
-    return encode_error(kind.value.code, message or kind.value.message)
+#: encodes the response to a call that a session does not handle: raw id, kind of error, detail
+RefusalEncoder = Callable[[bytes, ErrorKind, str], bytes]
+
+
+def encode_refusal(id: bytes, kind: ErrorKind, detail: str = "") -> bytes:
+    """Encode the error response of a session itself to a raw id."""
+    return jsonrpc.encode_error(id, encode_error(kind.value.code, detail or kind.value.message))
 
 
 @attrs.define
@@ -76,6 +82,7 @@ class RPCSession:
     ``send(message)`` returns whether the connection accepted the message. ``handler_for(method)`` returns a handler or
     ``None``; a handler takes the decoded params (``None``, a list or a dict) and returns a value, a Deferred or a
     coroutine, or raises :class:`AgentError`. ``on_notification(method, params)`` is called for each notification.
+    ``encode_refusal(id, kind, detail)`` encodes the errors of the session itself.
     """
 
     def __init__(
@@ -86,12 +93,14 @@ class RPCSession:
         handler_for: Callable[[str], Handler | None],
         on_notification: Callable[[str, Any], object],
         max_message_size: int,
+        encode_refusal: RefusalEncoder = encode_refusal,
     ) -> None:
         self._clock = clock
         self._send = send
         self._handler_for = handler_for
         self._on_notification = on_notification
         self._max_message_size = max_message_size
+        self._encode_refusal = encode_refusal
         self._is_open = True
         self._has_warned = False
         self._running_handlers = 0
@@ -132,9 +141,12 @@ class RPCSession:
         """Handle one text message. Never raises."""
         message = jsonrpc.decode(payload)
         if isinstance(message, list):
-            self._handle_batch(message)
+            self._handle_batch(message, payload)
             return
-        response = self._handle(message)
+        if isinstance(message, Response):
+            self._handle_response(message, message.error is not None and jsonrpc.decode_gateway_marks(payload)[0])
+            return
+        response = self._handle_message(message)
         if response is not None:
             response.addCallback(self._respond)
 
@@ -156,8 +168,15 @@ class RPCSession:
 
     # Messages of the peer
 
-    def _handle_batch(self, messages: list[Message]) -> None:
-        responses = [response for response in map(self._handle, messages) if response is not None]
+    def _handle_batch(self, messages: list[Message], payload: bytes) -> None:
+        responses: list[Deferred[bytes]] = []
+        for message, is_marked in zip(messages, jsonrpc.decode_gateway_marks(payload), strict=True):
+            if isinstance(message, Response):
+                self._handle_response(message, is_marked)
+                continue
+            response = self._handle_message(message)
+            if response is not None:
+                responses.append(response)
         if responses:
             gatherResults(responses).addCallback(self._respond_to_batch)
 
@@ -167,16 +186,14 @@ class RPCSession:
         for payload in [batch] if len(batch) <= self._max_message_size else responses:
             self._respond(payload)
 
-    def _handle(self, message: Message) -> Deferred[bytes] | None:
-        """Handle a message. Returns a Deferred of the response, which never fails, or ``None`` if there is none."""
+    def _handle_message(self, message: Request | Notification | Invalid) -> Deferred[bytes] | None:
+        """Handle a message other than a response. Returns a Deferred of the response, which never fails, or ``None`` if
+        there is none."""
         if isinstance(message, Request):
             return self._handle_call(message)
         if isinstance(message, Invalid):
-            return succeed(jsonrpc.encode_error(message.id, _encode_kind(message.kind)))
-        if isinstance(message, Response):
-            self._handle_response(message)
-        else:
-            self._handle_notification(message)
+            return succeed(self._encode_refusal(message.id, message.kind, ""))
+        self._handle_notification(message)
         return None
 
     def _handle_notification(self, message: Notification) -> None:
@@ -196,9 +213,9 @@ class RPCSession:
     def _handle_call(self, request: Request) -> Deferred[bytes]:
         handler = self._handler_for(request.method)
         if handler is None:
-            return succeed(jsonrpc.encode_error(request.id, _encode_kind(ErrorKind.METHOD_NOT_FOUND)))
+            return succeed(self._encode_refusal(request.id, ErrorKind.METHOD_NOT_FOUND, ""))
         if self._running_handlers >= MAX_RUNNING_HANDLERS:
-            return succeed(jsonrpc.encode_error(request.id, _encode_kind(ErrorKind.TOO_MANY_CALLS)))
+            return succeed(self._encode_refusal(request.id, ErrorKind.TOO_MANY_CALLS, ""))
         self._running_handlers += 1
         response = maybeDeferred(self._run_handler, handler, request)
         response.addErrback(self._handler_failed, request)
@@ -225,7 +242,7 @@ class RPCSession:
             return response
         _log.warn("method {method!a}: its response has {size} bytes", method=request.method, size=len(response))
         message = f"the response has {len(response)} bytes, more than the {self._max_message_size} allowed"
-        return jsonrpc.encode_error(request.id, _encode_kind(ErrorKind.TOO_LARGE, message))
+        return self._encode_refusal(request.id, ErrorKind.TOO_LARGE, message)
 
     # Responses to calls of this side
 
@@ -238,7 +255,8 @@ class RPCSession:
     def _forget_call(self, id: bytes) -> None:
         self._pop_call(id)
 
-    def _handle_response(self, response: Response) -> None:
+    def _handle_response(self, response: Response, is_marked: bool) -> None:
+        """Complete the call that a response is for. ``is_marked`` is whether it is an error of the gateway itself."""
         call = self._pop_call(response.id)
         if call is None:
             return  # after the timeout, or without a call
@@ -250,7 +268,7 @@ class RPCSession:
         if response.error is None:
             call.result.callback(value)
         else:
-            call.result.errback(RpcFailed(value["code"], value["message"], value.get("data")))
+            call.result.errback(RpcFailed(value["code"], value["message"], value.get("data"), gateway=is_marked))
 
     def _call_timed_out(self, id: bytes, method: str, timeout: float) -> None:
         call = self._pop_call(id)

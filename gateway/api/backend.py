@@ -1,7 +1,8 @@
 """Backend WebSocket at ``/v1/backend``: JSON-RPC 2.0 both ways, many calls in flight, responses in any order.
 
     -> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{"client":"x","method":"disk.usage","timeout":5}}
-    <- {"jsonrpc":"2.0","id":7,"result":{"free":12}}
+    <- {"jsonrpc":"2.0","id":7,"result":{"free":12}}                       or "error": the client's, byte for byte
+    <- {"jsonrpc":"2.0","id":7,"error":{"code":-32001,…},"gateway":true}     the gateway's own error
     -> {"jsonrpc":"2.0","method":"client.notify","params":{"client":"x","method":"policy.changed","params":[3]}}
     -> {"jsonrpc":"2.0","id":8,"method":"client.get","params":{"client":"x"}}
     -> {"jsonrpc":"2.0","id":9,"method":"events.subscribe","params":{"kinds":["connected","disconnected","message"]}}
@@ -110,6 +111,10 @@ class BackendProtocol(ServerProtocol):
 
     #: encodes a reply as the response to a raw id; overridden by ``PeerServerProtocol``
     encode_reply = staticmethod(encode_reply)
+
+    def encode_gateway_error(self, id: bytes, error: bytes) -> bytes:
+        """Encode an error of the gateway itself as the response to a raw id; overridden by ``PeerServerProtocol``."""
+        return jsonrpc.encode_gateway_error(id, error)
 
     def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
         """Apply the access policy. Raises ``RequestRefusedError``."""
@@ -238,7 +243,7 @@ class BackendProtocol(ServerProtocol):
             if is_call:
                 in_progress.discard(call)
             if id is not None:
-                self.send_text(jsonrpc.encode_error(id, e.to_json()))
+                self.send_text(self.encode_gateway_error(id, e.to_json()))
         self._consecutive_bad = 0
         return True
 
@@ -269,7 +274,7 @@ class BackendProtocol(ServerProtocol):
         """Answer a message that is not JSON-RPC. ``uuid`` is the id of the upstream call that it may respond to."""
         self.factory.metrics.bad_messages["backend"] += 1
         self._consecutive_bad += 1
-        respond(jsonrpc.encode_error(message.id, invalid_message_error(message).to_json()))
+        respond(self.encode_gateway_error(message.id, invalid_message_error(message).to_json()))
         if uuid is not None:
             self._upstream.response_unreadable(self, uuid)
         if self._consecutive_bad >= MAX_BAD_MESSAGES:
@@ -281,7 +286,7 @@ class BackendProtocol(ServerProtocol):
                 raise RpcError(ErrorKind.TOO_MANY_CALLS, detail="too many requests of this connection are in progress")
             result = self._methods.start(self, method, params)
         except RpcError as e:
-            respond(jsonrpc.encode_error(id, e.to_json()))
+            respond(self.encode_gateway_error(id, e.to_json()))
             return
         if isinstance(result, Reply):
             respond(self.encode_reply(result, id))
@@ -304,7 +309,7 @@ class BackendProtocol(ServerProtocol):
         if isinstance(result, Reply):
             respond(self.encode_reply(result, id))
         else:
-            respond(jsonrpc.encode_error(id, error_object(result, None)))
+            respond(self.encode_gateway_error(id, error_object(result, None)))
 
 
 class BackendCall(Call):
@@ -324,7 +329,7 @@ class BackendCall(Call):
         if not backend._active:
             return
         if isinstance(result, RpcError):
-            backend.send_text(jsonrpc.encode_error(self._raw_id, result.to_json()))
+            backend.send_text(backend.encode_gateway_error(self._raw_id, result.to_json()))
         elif result.result is not None:
             backend.send_text(jsonrpc.encode_result(self._raw_id, result.result))
         else:

@@ -159,7 +159,7 @@ class ClientHandlers:
         if isinstance(message, jsonrpc.Notification):
             return self._notify(target, message).addCallbacks(_no_response, _notification_error)
         self._metrics.bad_messages["backend"] += 1
-        return succeed(jsonrpc.encode_error(message.id, invalid_message_error(message, client_id).to_json()))
+        return succeed(jsonrpc.encode_gateway_error(message.id, invalid_message_error(message, client_id).to_json()))
 
     def _call(self, target: _Target, message: jsonrpc.Request) -> Deferred[Reply]:
         try:
@@ -259,7 +259,7 @@ def _not_connected() -> Response:
 
 
 def _encode_failure(failure: Failure, id: bytes, client_id: str) -> bytes:
-    return jsonrpc.encode_error(id, error_object(failure, client_id))
+    return jsonrpc.encode_gateway_error(id, error_object(failure, client_id))
 
 
 def _no_response(_: None) -> _ItemResult:

@@ -4,7 +4,8 @@
     -> {"jsonrpc":"2.0","id":"<UUID>","method":"client.call","params":{"client":"x","generation":7,"method":"m"}}
     <- {"jsonrpc":"2.0","id":"<UUID>","result":{"free":12}}                the client's result, byte for byte
     <- {"jsonrpc":"2.0","id":"<UUID>","error":{…},"from":"client"}         the client's own error, byte for byte
-    <- {"jsonrpc":"2.0","id":"<UUID>","error":{"code":-32001,…}}           the gateway's error: the client is not here
+    <- {"jsonrpc":"2.0","id":"<UUID>","error":{"code":-32001,…},"gateway":true}   not here: the gateway's error, marked
+                                                                           if the peer knows Feature.MARK
     -> {"jsonrpc":"2.0","method":"peer.cancel","params":{"id":"<UUID>"}}   the caller is gone
 
 Methods, none of which is ever forwarded to a third node:
@@ -412,6 +413,12 @@ class PeerServerProtocol(BackendProtocol):
     encode_reply = staticmethod(encode_peer_reply)
     _methods: PeerMethods
 
+    def encode_gateway_error(self, id: bytes, error: bytes) -> bytes:
+        """Encode an error of the gateway itself; with the mark if the peer knows it."""
+        if Feature.MARK in self.features:
+            return super().encode_gateway_error(id, error)
+        return jsonrpc.encode_error(id, error)
+
     def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
         """Authenticate the peer. Raises ``RequestRefusedError``."""
         target = f"{request.path}?{request.query}" if request.query else request.path
@@ -485,7 +492,7 @@ class PeerServerProtocol(BackendProtocol):
         except RpcError as e:
             if is_call:
                 call.discard()
-            self.send_text(jsonrpc.encode_error(id, e.to_json()))
+            self.send_text(self.encode_gateway_error(id, e.to_json()))
         self._consecutive_bad = 0
         return True
 

@@ -53,8 +53,8 @@ def refusal_response(refusal: RequestRefusedError) -> Response:
 
 
 def rpc_error_response(error: RpcError, id: bytes = b"null") -> Response:
-    """Return a JSON-RPC error response to a raw id, with the HTTP status of its code."""
-    return Response(error.http_status, jsonrpc.encode_error(id, error.to_json()))
+    """Return the gateway's JSON-RPC error response to a raw id, with the HTTP status of its code."""
+    return Response(error.http_status, jsonrpc.encode_gateway_error(id, error.to_json()))
 
 
 def encode_reply(reply: Reply, id: bytes) -> bytes:

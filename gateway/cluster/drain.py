@@ -18,8 +18,8 @@ the frame boundaries and the calls in flight; what is left of the relay when the
 BackendDrain: when no client is left, calls to clients of other nodes may still go through this node.
 
 <- {"jsonrpc":"2.0","method":"gateway.goaway","params":{"reason":"drain"}}       to each backend's WebSocket
--> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{…}}                  half a second later:
-<- {"jsonrpc":"2.0","id":7,"error":{"code":-32004,…,"data":{…,"sent":false}}}    may be repeated at another node at once
+-> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{…}}     half a second later, may be repeated elsewhere:
+<- {"jsonrpc":"2.0","id":7,"error":{"code":-32004,…,"data":{…,"sent":false}},"gateway":true}
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
         "timeout":4.5,"stale":true}}                       "params" and "stale" are optional
     <- {"jsonrpc":"2.0","id":U,"result":…}                 the client's result, byte for byte
     <- {"jsonrpc":"2.0","id":U,"error":{…},"from":"client"}      the client's own error, byte for byte
-    <- {"jsonrpc":"2.0","id":U,"error":{…}}                the gateway's error; -32001 and -32007: not delivered
+    <- {"jsonrpc":"2.0","id":U,"error":{…},"gateway":true}       the gateway's error; -32001 and -32007: not delivered
     -> client.notify {"client","generation","method","params"?,"stale"?}     <- null
     -> {"jsonrpc":"2.0","method":"peer.cancel","params":{"id":U}}            the caller has given up that call
     -> peer.fence {"client"}      <- null, once all earlier messages for that client are written to it, or have failed
@@ -18,7 +18,8 @@
     -> peer.has_room {}                                                      <- true or false
     -> peer.rebalance {}                                                     <- {"moving":250}
 
-U is a UUID. Every response has the id of its request.
+U is a UUID. Every response has the id of its request. An error without ``from`` is the gateway's; nodes without
+``Feature.MARK`` neither send ``gateway`` nor are sent it.
 """
 
 from __future__ import annotations

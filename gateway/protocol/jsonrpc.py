@@ -4,12 +4,16 @@
     {"jsonrpc":"2.0","method":"policy.changed","params":[3]}                 Notification
     {"jsonrpc":"2.0","id":7,"result":{"free":12}}                            Response
     {"jsonrpc":"2.0","id":7,"error":{"code":-32601,"message":"no such"}}     Response
+    {"jsonrpc":"2.0","id":7,"error":{"code":-32001,…},"gateway":true}        Response: an error of the gateway itself
     [{...}, {...}]                                                           a batch: a list of these
 
 ``id``, ``params``, ``result`` and ``error`` are kept as the bytes received, without surrounding white space, and copied
 into the messages sent: numbers keep their digits and strings their escapes. Refused, although a JSON parser might
 accept it: bytes that are not UTF-8, an escaped lone surrogate (it has no UTF-8 form), more than ``MAX_DEPTH`` levels of
 nesting.
+
+No other member is copied. ``gateway`` beside ``error`` thus distinguishes the gateway's own errors from the errors of
+clients and backends, which may be equal to them byte for byte.
 """
 
 from __future__ import annotations
@@ -103,9 +107,17 @@ class _Error(msgspec.Struct, gc=False):
     message: str
 
 
+class _Mark(msgspec.Struct, gc=False):
+    """What :func:`decode_gateway_marks` reads. Not among ``_Fields``: messages of clients and backends are decoded
+    faster without it."""
+
+    gateway: Raw | UnsetType = UNSET
+
+
 _decode_fields = msgspec.json.Decoder(_Fields).decode
 _decode_raw_fields = msgspec.json.Decoder(_RawFields).decode
 _decode_error = msgspec.json.Decoder(_Error).decode
+_decode_mark = msgspec.json.Decoder(_Mark).decode
 _decode_any = msgspec.json.Decoder(Raw).decode
 #: an array of at most MAX_BATCH elements: decoding an array_like type stops at the first element beyond, where a list
 #: would be decoded whole, even with a million elements
@@ -270,7 +282,7 @@ def _decode(payload: bytes) -> Message | list[Message]:
 
 def _decode_batch(payload: bytes) -> Message | list[Message]:
     try:
-        elements = [element for element in msgspec.structs.astuple(_decode_array(payload)) if element is not UNSET]
+        elements = _split_batch(payload)
     except msgspec.ValidationError:
         return Invalid(_NULL, ErrorKind.INVALID_REQUEST, f"a batch of more than {MAX_BATCH} messages")
     if not elements:
@@ -292,6 +304,10 @@ def _decode_batch(payload: bytes) -> Message | list[Message]:
                     f"a batch with more than {MAX_INVALID_IN_BATCH} invalid messages",
                 )
     return messages
+
+
+def _split_batch(payload: bytes) -> list[Raw]:
+    return [element for element in msgspec.structs.astuple(_decode_array(payload)) if element is not UNSET]
 
 
 def _classify(fields: _Fields) -> Message:
@@ -375,13 +391,39 @@ def encode_result(id: bytes, result: bytes) -> bytes:
 
 
 def encode_error(id: bytes, error: bytes) -> bytes:
-    """Encode a response that carries an error object; both are raw JSON."""
+    """Encode a response that carries an error object of a client or a backend; both are raw JSON."""
     return b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (id, error)
+
+
+def encode_gateway_error(id: bytes, error: bytes) -> bytes:
+    """Encode a response that carries an error object of the gateway itself; both are raw JSON."""
+    return b'{"jsonrpc":"2.0","id":%b,"error":%b,"gateway":true}' % (id, error)
 
 
 def encode_batch(messages: list[bytes]) -> bytes:
     """Encode a batch of encoded messages, or of encoded responses to one."""
     return b"[%b]" % b",".join(messages)
+
+
+def decode_gateway_marks(payload: bytes) -> list[bool]:
+    """Return whether a message, or each message of a batch, is marked as an error of the gateway itself.
+
+    ``payload`` is one that :func:`decode` does not return an ``Invalid`` for. The mark means something only in what a
+    gateway has sent.
+    """
+    match = _FIRST_BYTE.match(payload)
+    if match and match[1] == b"[":
+        return [decode_nested(_has_mark, bytes(element)) for element in decode_nested(_split_batch, payload)]
+    return [decode_nested(_has_mark, payload)]
+
+
+def _has_mark(message: bytes) -> bool:
+    try:
+        mark = _decode_mark(message).gateway
+    except msgspec.ValidationError:
+        # In a batch, a message may not even be an object.
+        return False
+    return mark is not UNSET and bytes(mark) == b"true"
 
 
 def unreadable_response_id(payload: bytes) -> str | None:

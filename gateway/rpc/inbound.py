@@ -5,8 +5,9 @@
     client -> {"jsonrpc":"2.0","id":1,"method":...}                          passed to IUpstream.call
     client <- {"jsonrpc":"2.0","id":1,"result":...}                          its response, on the same connection and
     client <- {"jsonrpc":"2.0","id":1,"error":...}                           under the client's own id
+    client <- {"jsonrpc":"2.0","id":1,"error":...,"gateway":true}            an error of the gateway, not the upstream
     client -> {"jsonrpc":"2.0","method":"gateway.token",...}                 a new token (token_renewal)
-    client <- {"jsonrpc":"2.0","id":null,"error":{"code":-32700,...}}        to invalid JSON, or not JSON-RPC (-32600)
+    client <- {"jsonrpc":"2.0","id":null,"error":{"code":-32700,...},...}    to invalid JSON, or not JSON-RPC (-32600)
 
 A batch is answered by one array, once all its responses are there (JSON-RPC 2.0, section 6).
 """
@@ -35,6 +36,7 @@ from gateway.protocol.jsonrpc import (
     decode,
     encode_batch,
     encode_error,
+    encode_gateway_error,
     encode_result,
     unreadable_response_id,
 )
@@ -55,11 +57,13 @@ Respond = Callable[[bytes, "Reply | RpcError"], None]
 def encode_response(client_id: str, id: bytes, result: Reply | RpcError, max_size: int) -> bytes:
     """Encode the response to a client's request in at most ``max_size`` bytes.
 
+    An ``RpcError`` is marked as the gateway's own; the error of a ``Reply`` is the upstream's, and is not.
+
     A longer response becomes the error ``TOO_LARGE``. An error is sent without its id if the id is too long.
     """
     if isinstance(result, RpcError):
         error = result.to_json()
-        encoded = encode_error(id, error)
+        encoded = encode_gateway_error(id, error)
     else:
         if result.error is not None:
             encoded = encode_error(id, result.error)
@@ -69,8 +73,8 @@ def encode_response(client_id: str, id: bytes, result: Reply | RpcError, max_siz
             return encoded
         # sent=True: the backend has received the request.
         error = RpcError(ErrorKind.TOO_LARGE, client_id, sent=True, detail="response too large").to_json()
-        encoded = encode_error(id, error)
-    return encoded if len(encoded) <= max_size else encode_error(b"null", error)
+        encoded = encode_gateway_error(id, error)
+    return encoded if len(encoded) <= max_size else encode_gateway_error(b"null", error)
 
 
 class BoundedResponseBatch:

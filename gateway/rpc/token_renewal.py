@@ -3,7 +3,7 @@
     client -> {"jsonrpc":"2.0","method":"gateway.token","params":{"token":"T"}}            no response
     client -> {"jsonrpc":"2.0","id":1,"method":"gateway.token","params":{"token":"T"}}     the same as a request:
     client <- {"jsonrpc":"2.0","id":1,"result":null}                                       accepted
-    client <- {"jsonrpc":"2.0","id":1,"error":{"code":-32602,…}}                           refused, with the reason
+    client <- {"jsonrpc":"2.0","id":1,"error":{"code":-32602,…},"gateway":true}            refused, with the reason
 
 A refused token changes nothing: the session still expires with the current token.
 """

@@ -26,6 +26,14 @@ class ErrorTests(SynchronousTestCase):
             self.assertEqual(str(error), "-32001 client not connected")
             self.assertIsNone(kind(1, "one").data)
 
+    def test_sent(self) -> None:
+        self.assertEqual([kind.sent for kind in (NotConnected, ConnectionLost, CallTimedOut)], [False, True, True])
+        not_sent = {"client": "x", "sent": False}
+        self.assertFalse(RpcFailed(-32001, "m", not_sent, gateway=True).sent)
+        self.assertTrue(RpcFailed(-32001, "m", not_sent).sent)
+        for data in (None, {}, [], False, {"sent": True}, {"sent": 0}, {"sent": None}):
+            self.assertTrue(RpcFailed(-32001, "m", data, gateway=True).sent, data)
+
     def test_stopped(self) -> None:
         self.assertEqual(Stopped(4001, "superseded"), Stopped(4001, "superseded"))
         self.assertNotEqual(Stopped(4001, "superseded"), Stopped(None, "superseded"))

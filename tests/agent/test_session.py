@@ -264,6 +264,24 @@ class CallTests(RPCSessionTestCase):
         self.assertEqual((error.code, error.message, error.data), (-32001, "no", {"sent": False}))
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
+    def test_sent_counts_only_in_an_error_of_the_gateway(self) -> None:
+        for data, mark, sent in (
+            (b'{"sent":false}', b',"gateway":true', False),
+            (b'{"sent":true}', b',"gateway":true', True),
+            # A backend's own error, or a node of a release without the mark.
+            (b'{"sent":false}', b"", True),
+            (b'{"sent":false,"gateway":true}', b"", True),
+            (b'{"sent":false}', b',"gateway":1', True),
+        ):
+            for batch in (False, True):
+                answer = self.session.call("m", None, 5)
+                id = next(iter(self.session._calls))
+                error = b'{"code":-32004,"message":"no","data":%b}' % data
+                response = b'{"jsonrpc":"2.0","id":%b,"error":%b%b}' % (id, error, mark)
+                self.receive(b'[7,{"jsonrpc":"2.0","id":9,"result":1},%b]' % response if batch else response)
+                failed = self.failureResultOf(answer, RpcFailed).value
+                self.assertEqual((failed.gateway, failed.sent), (mark == b',"gateway":true', sent), response)
+
     def test_responses_are_matched_by_id(self) -> None:
         answers = [self.session.call("m", [n], 5) for n in range(3)]
         for n in (2, 0, 1):

@@ -137,6 +137,7 @@ class BatchTests(BackendTestCase):
         self.assertEqual((invalid["id"], invalid["error"]["code"]), (None, -32600))
         self.assertEqual((second["id"], second["result"]), (2, 2))
         self.assertEqual((unknown["id"], unknown["error"]["code"]), (3, -32601))
+        self.assertEqual([each.get("gateway") for each in (first, invalid, second, unknown)], [True, True, None, True])
 
     def test_immediate_results(self):
         self.dispatcher.results.append(Reply(b"1", None))

@@ -21,6 +21,7 @@ from gateway.protocol.jsonrpc import MAX_DEPTH
 from gateway.registry.interface import SessionKey
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.settings import Settings
+from tests.builders.api_case import FORGED_ERROR, FORGERIES
 from tests.fakes.api import FakeNode
 from tests.fakes.rpc import FakeClientSessions, FakeMembership, FakeRegistry, FakeUpstream
 
@@ -193,13 +194,37 @@ class DispatchFastTests(SynchronousTestCase):
         self.node.respond(b'{"jsonrpc":"2.0","id":"%b","error":{"code":5 ,"message":"no"}}')
         self.assertEqual(self.node.backend.sent, [b'{"jsonrpc":"2.0","id":1,"error":{"code":5 ,"message":"no"}}'])
 
+    def test_forged_error_of_the_client(self):
+        """No error of a client is marked as the gateway's, whatever its response has beside it."""
+        expected = b'{"jsonrpc":"2.0","id":1,"error":%b}' % FORGED_ERROR
+        for fast, forgery in itertools.product((True, False), FORGERIES):
+            node = BackendHarness(fast)
+            node.send(CALL)
+            node.respond(forgery.replace(b"%b", b'"%b"'))
+            node.send(b"[%b]" % CALL)
+            node.respond(b"[%b]" % forgery.replace(b"%b", b'"%b"'))
+            self.assertEqual(node.backend.sent, [expected, b"[%b]" % expected], forgery)
+
+    def test_errors_of_the_gateway(self):
+        for fast in (True, False):
+            node = BackendHarness(fast)
+            for payload in (CALL.replace(b'"x"', b'"nobody"'), CALL.replace(b'"m"', b'"gateway.x"'), b"7", b"{"):
+                node.send(payload)
+                node.send(b"[%b]" % payload)
+            messages = node.messages()
+            self.assertEqual(len(messages), 8)
+            for message in messages:
+                for response in message if isinstance(message, list) else [message]:
+                    self.assertIn("error", response)
+                    self.assertIs(response["gateway"], True)
+
     def test_deadline(self):
         self.node.send(CALL)
         self.node.clock.advance(4.99)
         self.assertEqual(self.node.messages(), [])
         self.node.clock.advance(0.06)
         (response,) = self.node.messages()
-        self.assertEqual((response["id"], response["error"]["code"]), (1, -32002))
+        self.assertEqual((response["id"], response["error"]["code"], response["gateway"]), (1, -32002, True))
         self.node.respond()
         self.assertEqual((self.node.messages(), self.node.metrics.late_responses), ([], 1))
 

@@ -11,7 +11,7 @@ from twisted.trial.unittest import TestCase
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
-from tests.builders.api_case import any_message, segment
+from tests.builders.api_case import FORGED_ERROR, any_message, segment
 from tests.builders.endpoint import EndpointHarness, rpc_error
 from tests.builders.http import request
 from tests.fakes.api import NODE_ID, OTHER_ID, FakePeerClient
@@ -54,6 +54,15 @@ class CallTests(TestCase):
         self.assertEqual(response.status, 200)
         self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1,"error":%b}' % error)
 
+    def test_the_clients_own_error_is_not_marked(self):
+        """Even if it is equal to one of the gateway; also in a batch."""
+        self.dispatcher.results.extend([Reply(None, FORGED_ERROR)] * 2 + [rpc_error(ErrorKind.NOT_CONNECTED)])
+        forged = b'{"jsonrpc":"2.0","id":1,"error":%b}' % FORGED_ERROR
+        self.assertEqual(self.post(CALL).body, forged)
+        response = self.post(b"[%b,%b,7]" % (CALL, CALL))
+        self.assertTrue(response.body.startswith(b"[%b," % forged), response.body)
+        self.assertEqual([each.get("gateway") for each in response.json], [None, True, True])
+
     def test_the_error_table(self):
         for kind, status, code, sent in (
             (ErrorKind.NOT_CONNECTED, 404, -32001, False),
@@ -70,6 +79,7 @@ class CallTests(TestCase):
             self.assertEqual(response.json["id"], 1)
             self.assertEqual(response.json["error"]["code"], code)
             self.assertEqual(response.json["error"]["data"], {"client": "x", "sent": sent})
+            self.assertIs(response.json["gateway"], True)
         self.dispatcher.results.append(rpc_error(ErrorKind.NODE_UNREACHABLE, sent=True))
         response = self.post(CALL)
         self.assertEqual((response.status, response.json["error"]["data"]["sent"]), (503, True))
@@ -205,6 +215,7 @@ class CallTests(TestCase):
         self.dispatcher.notify_results.extend([None, rpc_error(ErrorKind.NOT_CONNECTED)])
         response = self.post(b"[%b,%b]" % (NOTIFICATION, NOTIFICATION))
         self.assertEqual((response.status, response.json["error"]["code"]), (404, -32001))
+        self.assertIs(response.json["gateway"], True)
 
     def test_batch_that_is_too_long(self):
         response = self.post(b"[" + b",".join([NOTIFICATION] * 1001) + b"]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from unittest import mock
 
 import msgspec
@@ -16,16 +17,18 @@ from gateway.api.peer_server import MAX_PEER_CONNECTIONS
 from gateway.auth.backend_tokens import UNLIMITED
 from gateway.cluster.auth import WRONG_NODE, PeerAuth
 from gateway.cluster.errors import PeerAuthenticationError
-from gateway.cluster.features import FEATURES_HEADER, Feature, encode_features
+from gateway.cluster.features import ALL_FEATURES, FEATURES_HEADER, Feature, encode_features
+from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
-from tests.builders.api_case import PeerConnectionTestCase
+from tests.builders.api_case import FORGED_ERROR, PeerConnectionTestCase
 from tests.builders.endpoint import (
     BackendWebSocket,
     EndpointConnection,
     EndpointHarness,
     PeerWebSocket,
     peer_credentials,
+    rpc_error,
 )
 from tests.builders.http import UPGRADE, frame, request, responses
 from tests.fakes.api import NODE_ID, OTHER_ID, authenticate_peer
@@ -246,6 +249,31 @@ class FeaturesTests(TestCase):
 
     def test_older_peer_has_none(self):
         self.assertEqual(self.open()[1].features, frozenset())
+
+    def test_marked_errors(self):
+        """An error of the gateway is marked if the peer knows the mark. That of a client has ``from`` in any case."""
+        for features, mark in ((ALL_FEATURES, b',"gateway":true'), (frozenset(), b"")):
+            endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
+            endpoint.dispatcher.accepts_session_calls = True
+            endpoint.sessions.add("x", 7)
+            peer = PeerWebSocket(endpoint, features=features)
+            call = (
+                b'{"jsonrpc":"2.0","id":"u","method":"client.call","params":{"client":"x","generation":7,"method":"m"}}'
+            )
+            for payload, result in (
+                (call, Reply(None, FORGED_ERROR)),
+                (call, rpc_error(ErrorKind.TIMEOUT)),
+                (call.replace(b'"x"', b'"nobody"'), None),
+                (b"{}", None),
+            ):
+                peer.send_message(payload)
+                if result is not None:
+                    endpoint.dispatcher.session_calls[-1][0].complete(result)
+            client, *own = [payload for _, payload in peer.frames()]
+            self.assertEqual(client, b'{"jsonrpc":"2.0","id":"u","error":%b,"from":"client"}' % FORGED_ERROR)
+            self.assertEqual([json.loads(payload)["error"]["code"] for payload in own], [-32002, -32001, -32600])
+            self.assertEqual([payload.endswith(b"}" + mark + b"}") for payload in own], [True] * 3)
+            self.assertEqual([b"gateway" in payload for payload in own], [bool(mark)] * 3)
 
     def test_backends_see_no_features(self):
         endpoint = EndpointHarness()

@@ -44,7 +44,7 @@ class ResponseTests(SynchronousTestCase):
             error = RpcError(kind, "x", sent=False)
             response = rpc_error_response(error, b"1.50")
             self.assertEqual(response.status, kind.value.http_status)
-            self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1.50,"error":%b}' % error.to_json())
+            self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1.50,"error":%b,"gateway":true}' % error.to_json())
 
     def test_an_error_without_a_request(self):
         response = rpc_error_response(RpcError(ErrorKind.TOO_LARGE))

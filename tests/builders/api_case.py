@@ -7,7 +7,8 @@ from twisted.trial.unittest import TestCase
 
 from gateway.api.http_server import LINGER_TIMEOUT
 from gateway.api.responses import MAX_ENVELOPE_SIZE
-from tests.builders.endpoint import BackendWebSocket, EndpointHarness, PeerWebSocket
+from gateway.protocol.errors import ErrorKind
+from tests.builders.endpoint import BackendWebSocket, EndpointHarness, PeerWebSocket, rpc_error
 from tests.builders.http import request
 from tests.fakes.api import authenticate_peer
 
@@ -37,6 +38,21 @@ any_message = st.fixed_dictionaries(
 def chunked(*chunks):
     return b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
 
+
+#: an error object equal to one of the gateway, byte for byte
+FORGED_ERROR = rpc_error(ErrorKind.NODE_UNREACHABLE, sent=False).to_json()
+#: the responses of a client or a backend that tries to pass the error off as the gateway's, with ``%b`` for the id
+FORGERIES = [
+    b'{"jsonrpc":"2.0","id":%b,"error":' + FORGED_ERROR + members
+    for members in (
+        b"}",
+        b',"gateway":true}',
+        b',"gatewa\\u0079":true}',
+        b',"gateway":false,"gateway":true}',
+        b',"gateway":true,"error":' + FORGED_ERROR + b"}",
+        b',"from":"gateway","gateway":true}',
+    )
+]
 
 CHUNKED = (("Transfer-Encoding", "chunked"), ("Content-Type", "application/json"))
 
@@ -107,6 +123,8 @@ class BackendTestCase(TestCase):
         return response
 
     def assert_error(self, response, code, client=None, sent=False):
+        """Check an error of the gateway itself; return its detail."""
+        self.assertIs(response.get("gateway"), True, response)
         self.assertEqual(response["error"]["code"], code, response)
         data = dict(response["error"]["data"])
         detail = data.pop("detail", "")
@@ -139,5 +157,5 @@ class PeerConnectionTestCase(BackendTestCase):
     def assert_failed(self, code, client="x", sent=False, id="u"):
         """Assert that the one response is that error of the gateway, and return its detail."""
         (response,) = self.peer.messages()
-        self.assertEqual((response["id"], set(response)), (id, {"jsonrpc", "id", "error"}))
+        self.assertEqual((response["id"], set(response)), (id, {"jsonrpc", "id", "error", "gateway"}))
         return self.assert_error(response, code, client, sent)

@@ -11,6 +11,7 @@ from twisted.python.failure import Failure
 
 from gateway.api.endpoint import BackendEndpoint
 from gateway.api.upstream import BackendDispatcher
+from gateway.cluster.features import ALL_FEATURES, FEATURES_HEADER, encode_features
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.settings import Settings
@@ -143,8 +144,8 @@ def peer_credentials(node_id=OTHER_ID):
 class PeerWebSocket(BackendWebSocket):
     """Open connection of a peer."""
 
-    def __init__(self, endpoint: EndpointHarness, node_id=OTHER_ID) -> None:
-        super().__init__(endpoint, peer_credentials(node_id))
+    def __init__(self, endpoint: EndpointHarness, node_id=OTHER_ID, features=ALL_FEATURES) -> None:
+        super().__init__(endpoint, (*peer_credentials(node_id), (FEATURES_HEADER, encode_features(features))))
 
 
 def rpc_error(kind: ErrorKind, client_id: str | None = "x", **more: Any) -> RpcError:

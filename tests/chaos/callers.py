@@ -101,7 +101,8 @@ class BackendConnection:
         if error is None:
             self._ledger.answered(number, message["result"], time.monotonic())
         else:
-            self._ledger.failed(number, error["code"], error["data"]["sent"])
+            # Clients return no errors: each is the gateway's own.
+            self._ledger.failed(number, error["code"], error["data"]["sent"] or message.get("gateway") is not True)
         waiting = self._pending.pop(number, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(error is None)

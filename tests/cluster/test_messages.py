@@ -87,7 +87,8 @@ class DecodeTests(SynchronousTestCase):
             for data in (b"", b',"data":{"client":"x","sent":false}'):
                 error = b'"error":{"code":%d,"message":"m"%b}' % (code, data)
                 self.assertEqual(decode_response(response(error)), (ID, reason))
-                self.assertEqual(decode_response(response(error + b',"from":"gateway"')), (ID, reason))
+                for more in (b',"from":"gateway"', b',"gateway":true'):
+                    self.assertEqual(decode_response(response(error + more)), (ID, reason))
 
     def test_delivered_if_sent(self) -> None:
         error = b'"error":{"code":-32007,"message":"m","data":{"sent":true,"detail":"d"}}'

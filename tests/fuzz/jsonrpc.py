@@ -153,6 +153,7 @@ def check_answer(answers: list[bytes], messages: list[Any], whole: bool) -> None
         # The response, or a message before it, was invalid.
         assert not whole
         assert answered["error"]["code"] == "-32003"
+        assert answered["gateway"] is True
         assert answered["error"]["data"]["client"] == "x"
 
 
@@ -169,6 +170,7 @@ def check_sent(sent: list[tuple[str, int, bytes]], messages: list[Any]) -> None:
         for answer in answers:
             assert answer["jsonrpc"] == "2.0"
             assert ("result" in answer) != ("error" in answer)
+            assert answer.get("gateway", False) is ("error" in answer)
             assert answer["id"] is None or answer["id"] in ids
         assert len(answers) == len(request_ids) or answers[0]["error"]["code"] == "-32006"
 

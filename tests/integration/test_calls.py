@@ -212,7 +212,13 @@ async def test_calls_from_clients_go_to_the_backends_that_serve_in_turn(node: No
                         assert json.loads(await client.recv())["result"] == "yes"
             lost = json.loads(await client.recv())
             assert lost["id"] in (2, 3)
-            assert lost["error"]["code"] == -32003
+            assert (lost["error"]["code"], lost["gateway"]) == (-32003, True)
+            # A backend's own error is not marked, whatever it contains and has beside it.
+            await client.send('{"jsonrpc":"2.0","id":4,"method":"policy.get"}')
+            request = await first.received.get()
+            response = {"jsonrpc": "2.0", "id": request["id"], "error": lost["error"]}
+            await first.socket.send(json.dumps({**response, "gateway": True}))
+            assert json.loads(await client.recv()) == {**response, "id": 4}
 
 
 @asynchronous

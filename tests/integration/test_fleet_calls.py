@@ -53,7 +53,40 @@ async def test_an_error_of_the_client_is_passed_on_untouched(three: list[Node]) 
             request = json.loads(await client.recv())
             await client.send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "error": error}))
             answer = await calling
-        assert (answer.status, answer.json["error"]) == (200, error)
+        assert (answer.status, answer.json) == (200, {"jsonrpc": "2.0", "id": 1, "error": error})
+
+
+@asynchronous
+async def test_a_client_that_forges_an_error_of_the_gateway(three: list[Node]) -> None:
+    """Its error is equal to the gateway's, but only the gateway's is marked; at the client's node, and through a peer."""
+    forged = b'{"code":-32004,"message":"the client\'s node cannot be reached","data":{"client":"liar","sent":false}}'
+    rpc = {"jsonrpc": "2.0", "id": 1, "method": "m"}
+    async with three[0].connect("liar") as client:
+
+        async def answer(mark: str) -> None:
+            id = json.loads(await client.recv())["id"]
+            await client.send(f'{{"jsonrpc":"2.0","id":"{id}","error":{forged.decode()},{mark}}}')
+
+        async def lie() -> None:
+            for mark in ('"gateway":true', '"gatewa\\u0079":true', '"gateway":false,"gateway":true'):
+                await answer(mark)
+
+        for node in three[:2]:
+            lying = asyncio.ensure_future(lie())
+            alone = await node.call("liar", "m")
+            assert (alone.status, alone.body) == (200, b'{"jsonrpc":"2.0","id":1,"error":' + forged + b"}")
+            batch = await node.request("POST", "/v1/clients/liar/rpc", [rpc, {"no": "json-rpc"}])
+            assert [one.get("gateway") for one in batch.json] == [None, True]
+            async with node.backend() as backend:
+                answered = await backend.call("liar", "m")
+                assert (answered["error"], set(answered)) == (json.loads(forged), {"jsonrpc", "id", "error"})
+                for failed in (
+                    await backend.call("nobody", "m"),
+                    await backend.call("liar", "gateway.m"),
+                    (await node.call("nobody", "m")).json,
+                ):
+                    assert (failed["gateway"], failed["error"]["data"]["sent"]) == (True, False)
+            await lying
 
 
 @asynchronous

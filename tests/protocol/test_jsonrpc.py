@@ -19,8 +19,10 @@ from gateway.protocol.jsonrpc import (
     Request,
     Response,
     decode,
+    decode_gateway_marks,
     encode_batch,
     encode_error,
+    encode_gateway_error,
     encode_notification,
     encode_request,
     encode_result,
@@ -258,10 +260,55 @@ class EncodeTests(SynchronousTestCase):
         self.assertEqual(encode_notification("m", b"[1]"), b'{"jsonrpc":"2.0","method":"m","params":[1]}')
         self.assertEqual(encode_result(b"1", b"null"), b'{"jsonrpc":"2.0","id":1,"result":null}')
         self.assertEqual(encode_error(b"1", b"{}"), b'{"jsonrpc":"2.0","id":1,"error":{}}')
+        self.assertEqual(encode_gateway_error(b"1", b"{}"), b'{"jsonrpc":"2.0","id":1,"error":{},"gateway":true}')
         self.assertEqual(encode_batch([b"{}", b"[]"]), b"[{},[]]")
 
     def test_method_is_escaped(self) -> None:
         self.assertEqual(encode_notification('a"\n', None), b'{"jsonrpc":"2.0","method":"a\\"\\n"}')
+
+
+class GatewayMarkTests(SynchronousTestCase):
+    ERROR = b'{"code":1,"message":"m","data":{"gateway":true}}'
+
+    def test_marked(self) -> None:
+        for rest in (
+            b',"gateway":true',
+            b', "gateway" : true ',
+            b',"gatewa\\u0079":true',
+            b',"gateway":0,"gateway":true',
+        ):
+            message = b'{"jsonrpc":"2.0","id":1,"error":%b%b}' % (self.ERROR, rest)
+            self.assertEqual(decode(message), Response(b"1", None, self.ERROR))
+            self.assertEqual(decode_gateway_marks(message), [True], message)
+
+    def test_not_marked(self) -> None:
+        for rest in (
+            b"",
+            b',"gateway":false',
+            b',"gateway":1',
+            b',"gateway":"true"',
+            b',"gateway":[true]',
+            b',"gateway":null',
+            b',"gateway":true,"gateway":false',
+            b',"Gateway":true',
+            b',"x":{"gateway":true}',
+        ):
+            message = b'{"jsonrpc":"2.0","id":1,"error":%b%b}' % (self.ERROR, rest)
+            self.assertEqual(decode(message), Response(b"1", None, self.ERROR))
+            self.assertEqual(decode_gateway_marks(message), [False], message)
+
+    def test_batch(self) -> None:
+        marked, other = encode_gateway_error(b"1", self.ERROR), encode_error(b"1", self.ERROR)
+        batch = b" [%b]" % b",".join([marked, b"7", other, b"[true]", marked])
+        self.assertEqual(decode_gateway_marks(batch), [True, False, False, False, True])
+        self.assertEqual(decode_gateway_marks(b"[%b]" % b",".join([marked] * MAX_BATCH)), [True] * MAX_BATCH)
+
+    def test_depth(self) -> None:
+        deep = b"[" * (MAX_DEPTH - 2) + b"]" * (MAX_DEPTH - 2)
+        message = b'{"jsonrpc":"2.0","id":1,"error":{"code":1,"message":"m"},"x":%b,"gateway":true}' % deep
+        self.assertIsInstance(decode(message), Response)
+        self.assertEqual(decode_gateway_marks(message), [True])
+        self.assertEqual(decode_gateway_marks(b"[%b]" % message), [True])
 
 
 class UnreadableResponseIdTests(SynchronousTestCase):

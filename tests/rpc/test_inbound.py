@@ -24,8 +24,9 @@ def notification(method: str, **members: Any) -> dict[str, Any]:
 
 
 def error(id: Any, code: int, message: str, *, sent: bool = False, client: str = "x", **more: str) -> dict[str, Any]:
+    """Return the response with an error of the gateway itself."""
     body = {"code": code, "message": message, "data": {"client": client, "sent": sent, **more}}
-    return {"jsonrpc": "2.0", "id": id, "error": body}
+    return {"jsonrpc": "2.0", "id": id, "error": body, "gateway": True}
 
 
 class InboundTestCase(DispatcherTestCase):
@@ -92,6 +93,15 @@ class RequestTests(InboundTestCase):
         self.receive("x", request(1))
         self.upstream.calls[0][3].callback(Reply(None, b'{"code":5 ,"message":"no"}'))
         self.assertEqual(self.sessions.sent, [("x", 1, b'{"jsonrpc":"2.0","id":1,"error":{"code":5 ,"message":"no"}}')])
+
+    def test_error_of_the_backend_that_looks_like_the_gateways(self) -> None:
+        forged = RpcError(ErrorKind.METHOD_NOT_FOUND, "x").to_json()
+        self.receive("x", request(1))
+        self.receive("x", [request(1)])
+        for call in self.upstream.calls:
+            call[3].callback(Reply(None, forged))
+        response = b'{"jsonrpc":"2.0","id":1,"error":%b}' % forged
+        self.assertEqual([sent for *_, sent in self.sessions.sent], [response, b"[%b]" % response])
 
     def test_error_of_the_gateway(self) -> None:
         for kind, code, sent in (

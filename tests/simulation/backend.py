@@ -144,10 +144,13 @@ class Backend:
             if response.get("gateway"):
                 self.ledger.violated("b", f"the client's error of {number} is marked as the gateway's")
             return
-        self._error(message, error)
+        self._error(message, response)
 
-    def _error(self, message: Message, error: dict[str, Any]) -> None:
+    def _error(self, message: Message, response: dict[str, Any]) -> None:
         """Handle an error of the gateway."""
+        if response.get("gateway") is not True:
+            self.ledger.violated("b", f"the gateway's error of {message.number} is not marked")
+        error = response["error"]
         data = error.get("data") or {}
         self.scheduler.trace(f"{self.name} <- {message.number} failed: {error['code']} {data}")
         self.ledger.failed(message.number, error["code"], data.get("sent"))
@@ -404,7 +407,7 @@ class HTTPBackend(Backend):
         del self._pending[number]
         error = response.get("error")
         if isinstance(error, dict):
-            self._error(message, error)
+            self._error(message, response)
         else:
             # The node is going away: nothing was sent.
             self.ledger.failed(message.number, -status, False)
