@@ -30,7 +30,8 @@ A node without its lease may have lost the client to another node: it answers -3
 
 The messages of one connection to one client are handled in the order in which they were received: while one waits for a
 claim or a handoff, the later ones wait behind it. So does ``peer.fence``: its response says that all earlier ones were
-written to the client, or have failed.
+written to the client, or have failed. Once a message was answered with -32007, so are the later ones to that client,
+until a ``peer.fence`` shows that the peer knows: a lease that is renewed meanwhile must not let them overtake it.
 
 Each node has one connection to this one: a newer connection closes the older. The responses to refused handshakes are
 in access.py.
@@ -84,6 +85,7 @@ from gateway.registry.interface import IRegistry, SessionKey
 from gateway.rpc.interface import IDispatcher, IMembership, IOrphanedRows
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.settings import Settings, reserved_files
+from gateway.util.bounded import BoundedSet
 from gateway.util.cork import Cork
 from gateway.util.deferred import KeyedLocks
 from gateway.websocket.server import HandshakeRequest, RequestRefusedError
@@ -167,6 +169,7 @@ class IPeerConnection(Interface):
     """A peer connection as the methods see it."""
 
     client_locks: KeyedLocks = Attribute("Held for a client while a message to it waits to be handed over.")
+    refused_clients: BoundedSet = Attribute("The clients to which messages were answered with -32007 since a fence.")
 
     def cancel_request(id: bytes) -> None:
         """Cancel the request with that raw id, if it is in progress. It gets no response."""
@@ -227,14 +230,15 @@ class PeerMethods(MethodTable[IPeerConnection]):
     def _client_call(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         request = decode_params(_decode_call, params)
         client_params = raw_params(request.params, check_client_id(request.client))
-        return Deferred.fromCoroutine(self._call(connection.client_locks, request, client_params))
+        return Deferred.fromCoroutine(self._call(connection, request, client_params))
 
-    async def _call(self, locks: KeyedLocks, request: PeerCallParams, params: bytes | None) -> Reply:
+    async def _call(self, connection: IPeerConnection, request: PeerCallParams, params: bytes | None) -> Reply:
+        locks = connection.client_locks
         timeout = self._call_timeout if request.timeout is None else min(request.timeout, self._max_call_timeout)
         deadline = self._clock.seconds() + timeout
         await locks.acquire(request.client)
         try:
-            await self._check_deliverable(request, deadline)
+            await self._check_deliverable(connection, request, deadline)
             call = DeferredCall(self._cancel_call)
             remaining = max(0.0, deadline - self._clock.seconds())
             if not self.dispatcher.call_session(call, request.key, request.method, params, remaining):
@@ -249,13 +253,14 @@ class PeerMethods(MethodTable[IPeerConnection]):
     def _client_notify(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         request = decode_params(_decode_call, params)
         client_params = raw_params(request.params, check_client_id(request.client))
-        return Deferred.fromCoroutine(self._notify(connection.client_locks, request, client_params))
+        return Deferred.fromCoroutine(self._notify(connection, request, client_params))
 
-    async def _notify(self, locks: KeyedLocks, request: PeerCallParams, params: bytes | None) -> Reply:
+    async def _notify(self, connection: IPeerConnection, request: PeerCallParams, params: bytes | None) -> Reply:
+        locks = connection.client_locks
         deadline = self._clock.seconds() + self._call_timeout
         await locks.acquire(request.client)
         try:
-            await self._check_deliverable(request, deadline)
+            await self._check_deliverable(connection, request, deadline)
             if not self.dispatcher.notify_session(request.key, request.method, params):
                 raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
         finally:
@@ -266,14 +271,17 @@ class PeerMethods(MethodTable[IPeerConnection]):
         client_id = check_client_id(decode_params(_decode_fence, params).client)
         locks = connection.client_locks
         if client_id not in locks.held:
+            connection.refused_clients.discard(client_id)
             return NULL_REPLY
-        return locks.acquire(client_id).addCallback(lambda _: self._fence_passed(locks, client_id))
 
-    def _fence_passed(self, locks: KeyedLocks, client_id: str) -> Reply:
-        locks.release(client_id)
-        return NULL_REPLY
+        def passed(_: None) -> Reply:
+            connection.refused_clients.discard(client_id)
+            locks.release(client_id)
+            return NULL_REPLY
 
-    async def _check_deliverable(self, request: PeerCallParams, deadline: float) -> None:
+        return locks.acquire(client_id).addCallback(passed)
+
+    async def _check_deliverable(self, connection: IPeerConnection, request: PeerCallParams, deadline: float) -> None:
         """Wait for a handoff or claim in progress. Raises ``RpcError`` unless the request may be delivered now."""
         if self._clock.seconds() >= deadline:
             detail = "the deadline passed while earlier messages to the client waited"
@@ -286,7 +294,8 @@ class PeerMethods(MethodTable[IPeerConnection]):
         if not await self._is_local(request.key, deadline):
             self._orphaned_rows.check(request.key)
             raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
-        if not self.may_deliver(request):
+        if request.client in connection.refused_clients or not self.may_deliver(request):
+            connection.refused_clients.add(request.client)
             detail = "the lease of the client's node has expired: another node may have the client now"
             raise RpcError(ErrorKind.REGISTRY_UNAVAILABLE, request.client, detail=detail)
 
@@ -387,6 +396,8 @@ def _moving_reply(clients: int) -> Reply:
     return Reply(b'{"moving":%d}' % clients, None)
 
 
+#: clients of one connection for which a refusal is remembered; beyond, the oldest is forgotten
+MAX_REFUSED_CLIENTS = 2**16
 #: share of the file descriptors that --capacity leaves free
 MAX_PEER_CONNECTIONS = reserved_files() // 8
 _FULL = f"all {MAX_PEER_CONNECTIONS} connections that this node has for other nodes are in use"
@@ -436,6 +447,8 @@ class PeerServerProtocol(BackendProtocol):
         #: held for a client while a message to it waits
         self.client_locks = KeyedLocks(self.factory.timers)
         self._locked_clients = self.client_locks.held
+        #: Kept for peers that send fences only.
+        self.refused_clients = BoundedSet(MAX_REFUSED_CLIENTS if Feature.FENCE in self.features else 0)
         super().opened()
 
     def closed(self, code: int) -> None:
@@ -466,12 +479,14 @@ class PeerServerProtocol(BackendProtocol):
         """Do what :meth:`_dispatch_general` does, for a session of this node, while the node has its lease.
 
         Returns ``False``, having done nothing, if the session is not here, the lease is lost, or earlier messages to
-        the client wait.
+        the client wait or were refused.
         """
         is_call, id, message, params = request
         assert id is not None
         in_progress = self._in_progress
         if self._locked_clients and message.client in self._locked_clients:
+            return False
+        if self.refused_clients and message.client in self.refused_clients:
             return False
         if not self._methods.may_deliver(message) or len(in_progress) >= self.factory.max_in_progress:
             return False

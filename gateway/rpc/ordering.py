@@ -117,11 +117,12 @@ class ClientQueue(Generic[_Message]):
         self.unsettled += 1
         message.epoch = self.epoch
 
-    def returned(self, message: _Message, *, missed: bool) -> None:
-        """Record that a message is not at a node any more. ``missed``: it was given back."""
+    def returned(self, message: _Message, *, missed: bool, by_lease: bool = False) -> None:
+        """Record that a message is not at a node any more. ``missed``: it was given back; ``by_lease``: because the
+        node's lease had expired. Then that node gives all later ones back until it receives a fence."""
         if message.epoch == self.epoch:
             self.unsettled -= 1
-            self.was_missed = (self.was_missed or missed) and bool(self.unsettled)
+            self.was_missed = by_lease or ((self.was_missed or missed) and bool(self.unsettled))
 
     def settled(self) -> None:
         """Record that no message at a node can be given back any more."""

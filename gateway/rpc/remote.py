@@ -574,7 +574,7 @@ class RemoteDelivery:
         call.failures += (reason,)
         call.reason = reason
         queue = call.queue
-        queue.returned(call, missed=True)
+        queue.returned(call, missed=True, by_lease=reason is FailureReason.LEASE_LOST)
         if queue.is_idle:
             self._drop(queue)
         self._enqueue(call)
@@ -674,7 +674,7 @@ class RemoteDelivery:
         """Wait until no message at a node can be given back any more."""
         if queue.fence is None:
             location = queue.location
-            if location is None or self.remote_nodes is None or not queue.unsettled:
+            if location is None or self.remote_nodes is None:
                 queue.settled()
                 return
             epoch = queue.epoch

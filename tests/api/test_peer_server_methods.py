@@ -10,6 +10,7 @@ from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
 from gateway.api.peer_server import CLAIM_TIMEOUT, RELEASE_TIMEOUT, IPeerConnection
+from gateway.cluster.features import Feature
 from gateway.protocol.errors import ErrorKind
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import SessionKey
@@ -18,6 +19,12 @@ from tests.builders.api_case import BackendTestCase, PeerConnectionTestCase, cal
 from tests.builders.endpoint import EndpointHarness, PeerWebSocket, rpc_error
 from tests.fakes.api import NODE_ID, authenticate_peer
 from tests.fakes.cluster import FakeRebalancer
+
+
+def send_fence(peer):
+    """Send a fence for client x, and take its response."""
+    peer.send_message({"jsonrpc": "2.0", "id": "f", "method": "peer.fence", "params": {"client": "x"}})
+    assert peer.messages() == [{"jsonrpc": "2.0", "id": "f", "result": None}]
 
 
 class CallTests(PeerConnectionTestCase):
@@ -133,6 +140,7 @@ class CallTests(PeerConnectionTestCase):
         self.call(client="y")
         self.assert_failed(-32001, "y")
         self.assertEqual(self.delivered(), [])
+        send_fence(self.peer)
         self.call(stale=True)
         self.assertEqual(len(self.delivered()), 1)
 
@@ -253,6 +261,38 @@ class OrderTests(PeerConnectionTestCase):
             self.assertEqual(message["error"]["code"], -32602)
 
 
+class RefusedClientTests(TestCase):
+    """A node without its lease gives messages back, and renews the lease before the later ones arrive."""
+
+    def setUp(self):
+        self.endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
+        self.endpoint.sessions.add("x", 7)
+        self.endpoint.sessions.add("y", 7)
+        self.endpoint.dispatcher.accepts_session_calls = True
+
+    def connect(self, features):
+        self.peer = PeerWebSocket(self.endpoint, features=features)
+        self.endpoint.membership.lease_held = False
+        self.assertEqual(self.notify(), -32007)
+        self.endpoint.membership.lease_held = True
+
+    def notify(self, client="x"):
+        params = {"client": client, "generation": 7, "method": "m"}
+        self.peer.send_message({"jsonrpc": "2.0", "id": "n", "method": "client.notify", "params": params})
+        (message,) = self.peer.messages()
+        return message["error"]["code"] if "error" in message else message["result"]
+
+    def test_later_messages_are_refused_until_a_fence(self):
+        self.connect({Feature.FENCE})
+        self.assertEqual([self.notify(), self.notify("y")], [-32007, None])
+        send_fence(self.peer)
+        self.assertIsNone(self.notify())
+
+    def test_older_peer_sends_no_fence(self):
+        self.connect(frozenset())
+        self.assertIsNone(self.notify())
+
+
 class NotifyTests(PeerConnectionTestCase):
     """client.notify."""
 
@@ -285,6 +325,7 @@ class NotifyTests(PeerConnectionTestCase):
         self.endpoint.membership.lease_held = False
         self.notify()
         self.assert_failed(-32007)
+        send_fence(self.peer)
         self.notify(stale=True)
         self.assertEqual([response["result"] for response in self.peer.messages()], [None])
 

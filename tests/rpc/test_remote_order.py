@@ -140,6 +140,20 @@ class MissTests(OrderTestCase):
         self.assertEqual(self.requests_to("third-node"), [1, 5])
 
 
+class LeaseLostTests(OrderTestCase):
+    """The node has given a message back because its lease had expired, and does so with later ones until a fence."""
+
+    def test_fence_even_if_nothing_else_is_known_to_be_there(self) -> None:
+        """A call that has timed out here may still be on its way."""
+        self.call(1)
+        self.registry.result = remote_location(live=False)
+        self.membership.stable = False
+        self.remote_nodes.not_deliver(NotDelivered.LEASE_LOST)
+        self.assertEqual((len(self.remote_nodes.fences), self.requests_to("other-node")), (1, [1]))
+        self.pass_fence()
+        self.assertEqual(self.requests_to("other-node"), [1, 1])
+
+
 class QueueTests(OrderTestCase):
     """The client's location is being looked up."""
 
