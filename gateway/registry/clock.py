@@ -15,6 +15,9 @@ import math
 import threading
 from collections.abc import Callable
 
+#: A clock that is adjusted gradually falls behind by less than this between two heartbeats, in seconds.
+MAX_SLEW = 0.25
+
 _MICROSECONDS = 1e6
 
 
@@ -36,12 +39,16 @@ class DatabaseClock:
         self._judges_past_from = -math.inf
         self._judges_future_from = -math.inf
 
-    def observe(self, now: int, sent_at: float) -> float:
-        """Take note of the time that a heartbeat has read; it was sent at ``sent_at``. Returns by how many seconds the
-        clock was set since the last one, 0 if it was not."""
+    def observe(self, now: int, sent_at: float) -> tuple[float, int]:
+        """Take note of the time that a heartbeat has read; it was sent at ``sent_at``.
+
+        Returns by how many seconds the clock was set since the last one, 0 if by less than a heartbeat, and what the
+        clock would say at most if it was set back, even if only a little, else 0.
+        """
         read_at = self._monotonic()
         with self._lock:
             step = self._deviation(now, sent_at, read_at)
+            horizon = self._extrapolate(read_at) if step < -MAX_SLEW else 0
             if not self._observed:
                 # What lies in the future may be of a living node that is about to send its next heartbeat.
                 self._judges_future_from = read_at + self._lease
@@ -50,7 +57,11 @@ class DatabaseClock:
             else:
                 step = 0.0
             self._observed, self._not_before, self._not_after = now, sent_at, read_at
-        return step
+        return step, horizon
+
+    def _extrapolate(self, read_at: float) -> int:
+        """Return what the clock would say at most had it not been set since the last heartbeat."""
+        return self._observed + round((read_at - self._not_before) * _MICROSECONDS)
 
     def _deviation(self, now: int, sent_at: float, read_at: float) -> float:
         """Return how much more the database's clock has moved than this node's own, in seconds."""
@@ -66,7 +77,7 @@ class DatabaseClock:
         with self._lock:
             if now >= self._observed:
                 return 0
-            return self._observed + round((self._monotonic() - self._not_before) * _MICROSECONDS)
+            return self._extrapolate(self._monotonic())
 
     def is_steady(self) -> bool:
         """Whether the leases of other nodes can be judged, as of the last heartbeat."""

@@ -372,7 +372,8 @@ class SQLRegistry:
         return self._queues[Priority.HEARTBEAT].submit(Priority.HEARTBEAT, operation, make_work).addCallback(renewed)
 
     def _observe_clock(self, now: int, sent_at: float) -> None:
-        step = self._database_clock.observe(now, sent_at)
+        step, horizon = self._database_clock.observe(now, sent_at)
+        self._floor.raise_to(horizon)
         if step:
             text = "the database's clock was set by {step:+.1f} s: no node is considered dead for {lease:g} s"
             self._log.warn(text, step=step, lease=self._lease)

@@ -554,11 +554,11 @@ class RemoteDelivery:
         call.queue = queue
         previous = queue.waiting[0] if queue.waiting else None
         queue.add(call)
-        if previous is not None and queue.waiting[0] is call and previous.waiting_for is not None:
-            # An older message was given back: it is the first to be handed on now.
-            previous.waiting_for.cancel()
         self._deadlines.start(call, None, client_id, max(0.0, call.deadline - self._seconds()))
         self._deadlines.mark_sent(call)
+        if previous is not None and queue.waiting[0] is call and previous.waiting_for is not None:
+            # An older message was given back: it is the first to be handed on, which this may do at once.
+            previous.waiting_for.cancel()
         if not queue.is_running:
             queue.is_running = True
             Deferred.fromCoroutine(self._run(queue))
@@ -575,8 +575,6 @@ class RemoteDelivery:
         call.reason = reason
         queue = call.queue
         queue.returned(call, missed=True, by_lease=reason is FailureReason.LEASE_LOST)
-        if queue.is_idle:
-            self._drop(queue)
         self._enqueue(call)
 
     async def _run(self, queue: ClientQueue[RemoteCall]) -> None:

@@ -29,7 +29,8 @@ class ClockCase(SynchronousTestCase):
     def observe(self, duration: float = 0.0) -> float:
         sent_at = self.monotonic
         self.advance(duration)
-        return self.clock.observe(self.now(), sent_at)
+        step, self.observed_horizon = self.clock.observe(self.now(), sent_at)
+        return step
 
     def is_live(self, age: float) -> bool:
         return self.clock.is_live(round((self.database - age) * SECOND), self.now())
@@ -82,8 +83,11 @@ class DatabaseClockTests(ClockCase):
         self.observe()
         self.advance(5.0, 9.9)
         self.assertEqual(self.observe(), 0.0)
+        self.assertEqual(self.observed_horizon, 0)
+        expected = self.now() + 5 * SECOND
         self.advance(5.0, 0.1)
         self.assertEqual(self.observe(), 0.0)
+        self.assertEqual(self.observed_horizon, expected)
 
     def test_slow_answers_are_no_step(self) -> None:
         self.observe(duration=4.0)

@@ -75,6 +75,20 @@ class MissTests(OrderTestCase):
         self.pass_fence()
         self.assertEqual(self.requests_to("third-node"), [1, 4])
 
+    def test_given_back_while_a_newer_message_waits_for_its_lookup(self) -> None:
+        """It is handed on at once, and kept in one place only."""
+        self.remote_nodes.fences_pass = True
+        self.remote_nodes.on_call = lambda call: None
+        self.dispatcher._locations.drop("x")
+        lookup: Deferred[Any] = Deferred()
+        self.registry.result = lookup
+        self.call(4)
+        self.remember(MOVED)
+        self.miss()
+        self.assertEqual(self.requests_to("third-node"), [1, 4])
+        remote = self.dispatcher._remote
+        self.assertEqual((len(remote._deadlines), len(self.remote_nodes.pending), len(remote)), (0, 4, 4))
+
     def test_newer_messages_do_not_wait_once_the_queue_is_empty(self) -> None:
         self.miss()
         self.pass_fence()

@@ -277,7 +277,7 @@ class Faults:
 
     def _clock_step(self, fault: Fault) -> None:
         """Set the database's clock, ahead or back."""
-        step = (-3600.0, -30.0, -2.0, 2.0, 30.0, 3600.0)[fault.target % 6]
+        step = (-3600.0, -30.0, -3.0, 3.0, 30.0, 3600.0)[fault.target % 6]
         self._fleet.database.clock_offset += step
 
     def _size_limit(self, fault: Fault) -> Callable[[], None]:
