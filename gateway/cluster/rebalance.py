@@ -15,7 +15,9 @@ to all clients:
 So every node computes the same plan from the same counts, and carries out its own part of it; together they fill no
 node beyond the mean. Only nodes that are ``up`` count.
 
-The counts of the others are as old as their last heartbeats, and other nodes move clients at the same time. So the plan
+The counts of the others are as old as their last heartbeats, while clients arrive everywhere. So all counts of a
+snapshot, this node's too, are those of one time: that of the oldest last heartbeat, interpolated between the heartbeats
+before and after it (:class:`CountHistory`). Other nodes move clients at the same time, too. So the plan
 that is carried out is what the plans of two snapshots have in common: the first is older than any migration, since
 every node sees a join within one heartbeat, and the second shows what has changed by itself meanwhile. Later changes
 may only end a migration early.
@@ -122,6 +124,47 @@ def intersect_plans(plan: dict[str, int], other: dict[str, int]) -> dict[str, in
     return {node_id: min(number, other[node_id]) for node_id, number in plan.items() if node_id in other}
 
 
+#: the most times of one node that are kept
+MAX_HISTORY = 8
+
+
+class CountHistory:
+    """The numbers of clients of all nodes at their last heartbeats, which are at different times."""
+
+    def __init__(self) -> None:
+        #: node_id -> (time, clients), the newest last
+        self._counts: dict[str, deque[tuple[float, int]]] = {}
+
+    def add(self, node_id: str, at: float, clients: int) -> None:
+        """Add the count of a node at a time of the clock; nothing if that is known already."""
+        counts = self._counts.setdefault(node_id, deque(maxlen=MAX_HISTORY))
+        # The age of a heartbeat is known to some milliseconds only.
+        if not counts or at - counts[-1][0] > MIN_HEARTBEAT_DISTANCE:
+            counts.append((at, clients))
+
+    def keep_only(self, node_ids: Iterable[str]) -> None:
+        """Forget all other nodes."""
+        self._counts = {node_id: self._counts[node_id] for node_id in node_ids if node_id in self._counts}
+
+    def last_common_time(self) -> float:
+        """Return the oldest time of the last counts of all nodes."""
+        return min(counts[-1][0] for counts in self._counts.values())
+
+    def count_at(self, node_id: str, at: float) -> int:
+        """Return the count of a node at a time, interpolated."""
+        counts = self._counts[node_id]
+        later_at, later = counts[-1]
+        for earlier_at, earlier in reversed(counts):
+            if earlier_at <= at:
+                if later_at == earlier_at:
+                    return earlier
+                return round(earlier + (later - earlier) * min(1.0, (at - earlier_at) / (later_at - earlier_at)))
+            later_at, later = earlier_at, earlier
+        return later
+
+
+#: two heartbeats of one node are further apart, in seconds
+MIN_HEARTBEAT_DISTANCE = 0.05
 #: interval at which due clients are sent away, in seconds
 MIGRATION_INTERVAL = 0.05
 #: how far ahead of the goaways clients are assigned, in seconds
@@ -440,6 +483,7 @@ class Rebalancer:
         #: snapshots before that do not show yet what was moved
         self._stabilizes_at = clock.seconds()
         self._peer_nodes: list[NodeStatus] = []
+        self._history = CountHistory()
         #: how many clients each node should have now
         self._targets: dict[str, int] = {}
         self._purge_at = clock.seconds() + PURGE_INTERVAL
@@ -456,7 +500,8 @@ class Rebalancer:
     def nodes_changed(self, nodes: list[NodeStatus]) -> None:
         """Handle a refresh of the node directory."""
         self._peer_nodes = nodes
-        snapshot = self._snapshot(nodes)
+        self._record_counts(nodes)
+        snapshot = self._snapshot_of_one_time(nodes)
         up = {node.node_id for node in nodes if node.state == "up"}
         if self._up_node_ids is not None and up - self._up_node_ids:
             if isinstance(self._state, Migration):
@@ -480,6 +525,20 @@ class Rebalancer:
             node.node_id, node.name, node.public_url, node.peer_url, clients, self._capacity, self._node_state(), 0.0
         )
         return _Snapshot(self._clock.seconds(), [own, *peer_nodes])
+
+    def _record_counts(self, peer_nodes: list[NodeStatus]) -> None:
+        now = self._clock.seconds()
+        own = self._snapshot(peer_nodes).nodes[0]
+        self._history.add(own.node_id, now, own.clients)
+        for node in peer_nodes:
+            self._history.add(node.node_id, now - node.heartbeat_age, node.clients)
+        self._history.keep_only([own.node_id, *(node.node_id for node in peer_nodes)])
+
+    def _snapshot_of_one_time(self, peer_nodes: list[NodeStatus]) -> _Snapshot:
+        """Return all nodes with their counts at the last time for which all are known."""
+        snapshot, at = self._snapshot(peer_nodes), self._history.last_common_time()
+        nodes = [attrs.evolve(node, clients=self._history.count_at(node.node_id, at)) for node in snapshot.nodes]
+        return _Snapshot(snapshot.at, nodes)
 
     def _node_state(self) -> str:
         return "draining" if self._node.unready_reason() else "up"
@@ -527,7 +586,8 @@ class Rebalancer:
             return self._state.remaining
         if self._node.unready_reason():
             return 0
-        snapshot = self._snapshot(self._node_directory.peer_nodes())
+        self._record_counts(self._node_directory.peer_nodes())
+        snapshot = self._snapshot_of_one_time(self._node_directory.peer_nodes())
         self._follow_ups_left = MAX_FOLLOW_UPS
         if snapshot.at < self._stabilizes_at:
             self._state = _Observing(MANUAL_THRESHOLDS)

@@ -86,6 +86,25 @@ class JoinTests(RebalanceCase):
                 self.assert_balanced()
                 self.assertEqual(set(self.cluster.goaway_counts.values()), {1})
 
+    def test_reconnect_storm_moves_nobody(self) -> None:
+        """All nodes start at once and clients arrive evenly, whenever the heartbeats are: the counts of the others are
+        older than this node's own."""
+        for spread in (0.05, 0.8, 1.65, 2.4):
+            for delay in (2.0, 7.5, 11.0, 16.0):
+                self.cluster = SimulatedCluster()
+                members = []
+                for number in range(3):
+                    members.append(self.cluster.join(f"n{number}", 0))
+                    self.cluster.advance(spread)
+                self.cluster.advance(delay)
+                for tick in range(240):
+                    for member in members:
+                        arrived = len(member.sessions.connected)
+                        member.sessions.connected |= {f"{member.name}-{arrived + n}" for n in range(8 + tick % 2)}
+                    self.cluster.advance(0.05)
+                self.cluster.advance(60)
+                self.assertEqual(self.cluster.goaway_counts, {}, (spread, delay))
+
     def test_few_clients_are_not_moved(self) -> None:
         """They are moved by an operator's request only."""
         few, *_ = self.start_nodes(9, 0)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.rebalance import (
+    CountHistory,
     MigrationPlans,
     intersect_plans,
     is_unbalanced,
@@ -146,3 +147,42 @@ class MigrationPlanTests(SynchronousTestCase):
         for part, weight in zip(parts, weights, strict=True):
             self.assertTrue(0 <= part <= weight)
             self.assertLess(abs(part - (number % (total + 1)) * weight / total), 1)
+
+
+class CountHistoryTests(SynchronousTestCase):
+    def test_counts_of_one_time(self) -> None:
+        history = CountHistory()
+        for node_id, first in (("a", 0.0), ("b", 2.0), ("c", 4.0)):
+            for heartbeat in range(3):
+                at = first + 5.0 * heartbeat
+                history.add(node_id, at, round(100 * at))
+        at = history.last_common_time()
+        self.assertEqual(at, 10.0)
+        self.assertEqual([history.count_at(node_id, at) for node_id in "abc"], [1000, 1000, 1000])
+
+    def test_known_heartbeat(self) -> None:
+        history = CountHistory()
+        history.add("a", 1.0, 5)
+        history.add("a", 1.02, 6)
+        self.assertEqual(history.count_at("a", 9.0), 5)
+
+    def test_time_before_the_first_count(self) -> None:
+        history = CountHistory()
+        history.add("a", 10.0, 5)
+        self.assertEqual(history.count_at("a", 1.0), 5)
+
+    def test_node_that_is_gone(self) -> None:
+        history = CountHistory()
+        history.add("a", 1.0, 5)
+        history.add("b", 9.0, 5)
+        history.keep_only(["b", "c"])
+        self.assertEqual(history.last_common_time(), 9.0)
+
+    @given(st.lists(st.tuples(st.floats(0.1, 10.0), st.integers(0, 10**6)), min_size=1, max_size=20), st.floats(0, 300))
+    def test_between_the_counts_around_it(self, steps: list[tuple[float, int]], at: float) -> None:
+        history, time = CountHistory(), 0.0
+        for seconds, clients in steps:
+            time += seconds
+            history.add("a", time, clients)
+        kept = [clients for _, clients in steps][-8:]
+        self.assertTrue(min(kept) <= history.count_at("a", at) <= max(kept))

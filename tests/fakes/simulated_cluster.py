@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
@@ -31,6 +32,8 @@ class SimulatedCluster:
     def __init__(self) -> None:
         self.clock = Clock()
         self.rows: dict[str, NodeStatus] = {}
+        #: name -> time of the last heartbeat
+        self.written_at: dict[str, float] = {}
         self.nodes: dict[str, SimulatedNode] = {}
         #: client_id -> number of goaways
         self.goaway_counts: Counter[str] = Counter()
@@ -126,7 +129,9 @@ class SimulatedNode:
         )
 
     def list_nodes(self) -> Deferred[list[NodeStatus]]:
-        return succeed(list(self.cluster.rows.values()))
+        now = self.clock.seconds()
+        rows = self.cluster.rows.values()
+        return succeed([attrs.evolve(row, heartbeat_age=now - self.cluster.written_at[row.name]) for row in rows])
 
     def heartbeat(self) -> None:
         """Write this node's row, refresh its directory, and repeat after the interval."""
@@ -135,6 +140,7 @@ class SimulatedNode:
         self.cluster.rows[self.name] = NodeStatus(
             node.node_id, node.name, *urls, self.sessions.count(), self.capacity, state, 0.0
         )
+        self.cluster.written_at[self.name] = self.clock.seconds()
         self.node_directory.refresh()
         self.timer = self.clock.callLater(HEARTBEAT, self.heartbeat)
 
