@@ -258,12 +258,12 @@ class Membership:
 
     async def _heartbeat_now(self) -> None:
         if self._heartbeat_in_flight is not None:
-            await self._heartbeat_in_flight
+            await detached(self._heartbeat_in_flight)
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
             self._send_heartbeat()
             assert self._heartbeat_in_flight is not None
-            await self._heartbeat_in_flight
+            await detached(self._heartbeat_in_flight)
 
     def stop(self) -> Deferred[None]:
         """Stop the heartbeats, and leave the fleet. Does not fail: rows that could not be removed are valid for one
@@ -275,7 +275,7 @@ class Membership:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         if self._heartbeat_in_flight is not None:
-            await self._heartbeat_in_flight
+            await detached(self._heartbeat_in_flight)
         if self._lease_state not in (LeaseState.NOT_JOINED, LeaseState.LEFT):
             await self._leave()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
@@ -315,6 +315,20 @@ class MembershipTests(SynchronousTestCase):
             self.assertEqual(self.registry.count("reap"), before + 1)
             self.successResultOf(self.membership.stop())
             self.membership = membership
+
+    def test_caller_that_does_not_wait_any_longer(self) -> None:
+        """It leaves the heartbeat in flight alone."""
+        self.start()
+        for wait in (self.membership.heartbeat, self.membership.heartbeat, self.membership.stop):
+            self.registry.result = None
+            self.advance(HEARTBEAT)
+            waiting = wait()
+            waiting.addErrback(lambda failure: failure.trap(CancelledError))
+            waiting.cancel()
+            self.registry.heartbeats.pop(0).callback(True)
+            self.assertEqual(self.metrics.heartbeat_failures, 0)
+            self.registry.result = True
+            self.advance(0)
 
     def test_step_of_the_database_clock_delays_reaping_by_a_full_lease(self) -> None:
         self.start()
