@@ -21,15 +21,22 @@ class GenerationFloor:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._value = 0
+        self._is_ahead = False
 
     @property
     def value(self) -> int:
         """The highest generation known; 0 if there is none."""
         return self._value
 
-    def is_ahead_of(self, now: int) -> bool:
-        """Whether the database's clock, at ``now``, is behind what was given."""
-        return self._value > now + TOLERANCE
+    def is_ahead_of(self, now: int, tolerance: int = TOLERANCE) -> bool:
+        """Whether the database's clock, at ``now``, has fallen behind what was given by more than the tolerance, and
+        has not caught up since."""
+        with self._lock:
+            if self._value > now + tolerance:
+                self._is_ahead = True
+            elif self._value <= now:
+                self._is_ahead = False
+            return self._is_ahead
 
     def raise_to(self, generation: int) -> None:
         """Take note of a generation."""

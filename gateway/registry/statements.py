@@ -346,6 +346,8 @@ class Statements:
             now = self._read_clock(cursor)
             number = self._insert_node(cursor, LocalNode(info, 0, now), None, "up", 0, now)
             self._floor.raise_to(read_max_generation(cursor))
+            # This node has given none yet, so that any difference is one of the clock.
+            self._floor.is_ahead_of(now, tolerance=0)
             return LocalNode(info, number, now, now)
 
     def _insert_node(

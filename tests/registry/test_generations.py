@@ -20,3 +20,8 @@ class GenerationFloorTests(SynchronousTestCase):
         floor.raise_to(10 * TOLERANCE)
         self.assertFalse(floor.is_ahead_of(9 * TOLERANCE))
         self.assertTrue(floor.is_ahead_of(9 * TOLERANCE - 1))
+        # Until the clock has caught up.
+        self.assertTrue(floor.is_ahead_of(10 * TOLERANCE - 1))
+        self.assertFalse(floor.is_ahead_of(10 * TOLERANCE))
+        self.assertFalse(floor.is_ahead_of(10 * TOLERANCE - 1))
+        self.assertTrue(floor.is_ahead_of(10 * TOLERANCE - 1, tolerance=0))

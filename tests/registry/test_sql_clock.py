@@ -144,6 +144,15 @@ class GenerationTests(ClockCase):
             generations += [self.claim_and_release(node) for node in (self.c, self.b, self.a, self.c)]
             self.assertEqual(generations, sorted(set(generations)))
 
+    def test_clock_that_catches_up(self) -> None:
+        self.heartbeats(LEASE)
+        generations = [self.claim_and_release(self.a)]
+        self.offset -= 4.0
+        for node in (self.a, self.b, self.c) * 5:
+            generations.append(self.claim_and_release(node))
+            self.clock.advance(0.5)
+        self.assertEqual(generations, sorted(set(generations)))
+
     def test_node_that_joins_after_a_step_back(self) -> None:
         before = self.claim_and_release(self.a)
         self.heartbeats(HEARTBEAT)

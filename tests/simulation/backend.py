@@ -21,6 +21,8 @@ _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 #: shortest and longest timeout of a call, in seconds
 TIMEOUTS = (0.3, 1.0, 2.0, 5.0, 5.0, 10.0)
 RETRY_DELAY = 0.5
+#: bytes by which messages are longer
+PADDINGS = (0, 0, 0, 0, 0, 0, 0, 0, 0, 40, 500, 4000)
 #: messages that a backend sends at once
 BURSTS = (1, 1, 2, 4, 12)
 #: a backend regards a connection as lost after this time without a byte while it waits for outcomes, in seconds
@@ -132,7 +134,9 @@ class Backend:
         error = response.get("error")
         if error is None:
             result = response["result"]
-            if message.is_call:
+            if message.is_call and not isinstance(result, dict):
+                self.ledger.violated("b", f"call {number} has the result {result}, which is no client's")
+            elif message.is_call:
                 self.ledger.result(number, result["u"], result["c"])
             else:
                 self.ledger.accepted(number)
@@ -284,7 +288,8 @@ class WebSocketBackend(Backend):
             way=self._way,
             expects_outcome=needs_response,
         )
-        params: dict[str, Any] = {"client": client_id, "method": "m", "params": {"u": message.number}}
+        content = {"u": message.number, "p": "." * random.choice(PADDINGS)}
+        params: dict[str, Any] = {"client": client_id, "method": "m", "params": content}
         if is_call:
             params["timeout"] = timeout
         request: dict[str, Any] = {"jsonrpc": "2.0", "method": "client.call" if is_call else "client.notify"}
@@ -363,7 +368,8 @@ class HTTPBackend(Backend):
             way=self._way,
             expects_outcome=True,
         )
-        request: dict[str, Any] = {"jsonrpc": "2.0", "method": "m", "params": {"u": message.number}}
+        content = {"u": message.number, "p": "." * random.choice(PADDINGS)}
+        request: dict[str, Any] = {"jsonrpc": "2.0", "method": "m", "params": content}
         if is_call:
             request["id"] = message.number
         body = encode(request)

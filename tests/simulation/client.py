@@ -40,6 +40,8 @@ class ClientTraits:
     silent_share: float = 0.0
     #: the longest time that an answer takes, in seconds
     max_delay: float = 0.0
+    #: whether it sends an answer that is late for its connection on the next one
+    answers_elsewhere: bool = False
     #: share of the answers that are errors, which look like the gateway's
     error_share: float = 0.0
     #: mean time between two times that it drops its connection by itself, in seconds; 0: never
@@ -63,7 +65,11 @@ class ClientConnection:
         self.client.responded(self, status, headers)
 
     def _text(self, payload: bytes) -> None:
-        message = decode(payload)
+        try:
+            message = decode(payload)
+        except ValueError:
+            self.client.ledger.violated("d", f"{self.client.program} received what is no message: {payload[:80]!r}")
+            return
         method = message.get("method")
         if method == "gateway.goaway":
             self.client.told_to_go(self, message["params"])
@@ -80,21 +86,27 @@ class ClientConnection:
         if traits.silent_share and random.random() < traits.silent_share:
             client.ignored.add(number)
             return
-        answer: dict[str, Any] = {"jsonrpc": "2.0", "id": message["id"]}
-        if traits.error_share and random.random() < traits.error_share:
-            data = {"client": client.client_id, "sent": False, "c": self.number, "u": number}
+        is_error = bool(traits.error_share) and random.random() < traits.error_share
+        if traits.max_delay:
+            client.scheduler.after(random.random() * traits.max_delay, self._answer, message["id"], number, is_error)
+        else:
+            self._answer(message["id"], number, is_error)
+
+    def _answer(self, id: str, number: int, is_error: bool) -> None:
+        connection: ClientConnection | None = self
+        if not self.is_open and self.client.traits.answers_elsewhere:
+            connection = self.client.current
+        if connection is None or not connection.is_open:
+            return
+        answer: dict[str, Any] = {"jsonrpc": "2.0", "id": id}
+        # The gateway must take an answer only from the connection that was asked.
+        says = {"c": connection.number, "u": number}
+        if is_error:
+            data = {"client": self.client.client_id, "sent": False, **says}
             answer["error"] = {"code": -32004, "message": "the client's node cannot be reached", "data": data}
         else:
-            answer["result"] = {"c": self.number, "u": number}
-        payload = encode(answer)
-        if traits.max_delay:
-            client.scheduler.after(random.random() * traits.max_delay, self._answer, payload)
-        else:
-            self.websocket.send(payload)
-
-    def _answer(self, payload: bytes) -> None:
-        if self.is_open:
-            self.websocket.send(payload)
+            answer["result"] = says
+        connection.websocket.send(encode(answer))
 
     def _lost(self, code: int) -> None:
         self.client.connection_lost(self, code)
@@ -132,7 +144,7 @@ class Client:
         self._choose_node = choose_node
         self._numbers = numbers
         self._is_running = self._was_started = False
-        self._current: ClientConnection | None = None
+        self.current: ClientConnection | None = None
         #: the connections that it has left, until they are closed
         self._old: dict[ClientConnection, None] = {}
         self._opening: ClientConnection | None = None
@@ -168,15 +180,15 @@ class Client:
         if self._attempt is not None:
             self._attempt.cancel()
         self._attempt = self._retry = self._open_timer = None
-        for connection in [self._current, self._opening, *self._old]:
+        for connection in [self.current, self._opening, *self._old]:
             if connection is not None:
                 connection.drop()
-        self._current = self._opening = None
+        self.current = self._opening = None
         self._old.clear()
 
     @property
     def is_connected(self) -> bool:
-        return self._current is not None and self._current.is_open
+        return self.current is not None and self.current.is_open
 
     @property
     def is_running(self) -> bool:
@@ -185,7 +197,7 @@ class Client:
     def connections(self) -> int:
         """Return the number of open connections."""
         return sum(
-            connection is not None and connection.is_open for connection in [self._current, *self._old, self._opening]
+            connection is not None and connection.is_open for connection in [self.current, *self._old, self._opening]
         )
 
     def stop_flapping(self) -> None:
@@ -198,7 +210,7 @@ class Client:
 
     def stop_reading(self) -> Callable[[], None]:
         """Read nothing; returns what ends that."""
-        connection = self._current
+        connection = self.current
         if connection is None:
             return lambda: None
         end = connection.websocket.end
@@ -212,17 +224,17 @@ class Client:
     def _flap(self) -> None:
         if not self.traits.flap_interval:
             return
-        if self._current is not None:
+        if self.current is not None:
             self.scheduler.trace(f"{self.program} drops its connection")
-            self._current.drop()
-            self._current = None
+            self.current.drop()
+            self.current = None
             self._connect_later(self.random.random() * 0.3)
         self._schedule_flap()
 
     def _check(self) -> None:
         self.scheduler.after(2.0, self._check)
         now = self.scheduler.now
-        for connection in [self._current, *self._old]:
+        for connection in [self.current, *self._old]:
             if connection is None:
                 continue
             silence = now - connection.websocket.last_heard
@@ -303,7 +315,7 @@ class Client:
         self.scheduler.trace(f"{self.program} #{connection.number} is open")
         self._opening = None
         self._backoff = MIN_BACKOFF
-        old, self._current = self._current, connection
+        old, self.current = self.current, connection
         if old is None:
             self.reachable_since = self.scheduler.now
         else:
@@ -317,7 +329,7 @@ class Client:
     def told_to_go(self, connection: ClientConnection, params: dict[str, Any]) -> None:
         """Handle goaway."""
         self.scheduler.trace(f"{self.program} #{connection.number} <- goaway {params.get('url')}")
-        if self.traits.follows_goaway and connection is self._current:
+        if self.traits.follows_goaway and connection is self.current:
             connection.is_leaving = True
             self._connect_later(min(1.0, params.get("after", 0.0)), params.get("url"))
 
@@ -328,9 +340,9 @@ class Client:
             if self._open_timer is not None:
                 self._open_timer.cancel()
             self._failed()
-        elif connection is self._current:
+        elif connection is self.current:
             self.scheduler.trace(f"{self.program} #{connection.number} is closed with {code}")
-            self._current = None
+            self.current = None
             if not connection.is_leaving:
                 self.reachable_since = float("inf")
             if not self._is_running or self._attempt is not None or self._opening is not None:

@@ -5,7 +5,7 @@ A fault is an entry of the plan, so that a plan can be made smaller until only w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -59,16 +59,19 @@ KINDS = {
     "clock_step": 2,
     "size_limit": 1,
     "slow_reader": 2,
+    "client_leaves": 2,
     "twin": 2,
     "storm": 2,
 }
 
 
-def make_plan(random: Random, start: float, end: float, *, is_calm: bool, interval: float) -> list[Fault]:
-    """Draw the faults of a run, one in ``interval`` seconds on average."""
+def make_plan(
+    random: Random, start: float, end: float, *, is_calm: bool, interval: float, only: Sequence[str] = ()
+) -> list[Fault]:
+    """Draw the faults of a run, one in ``interval`` seconds on average; of some kinds ``only``, if any are given."""
     kinds = [kind for kind in KINDS if not is_calm or kind in BENIGN]
     # A run has some kinds only, so that these meet each other.
-    kinds = random.sample(kinds, random.randint(min(3, len(kinds)), len(kinds)))
+    kinds = list(only) or random.sample(kinds, random.randint(min(3, len(kinds)), len(kinds)))
     weights = [KINDS[kind] for kind in kinds]
     plan = []
     time = start
@@ -288,6 +291,13 @@ class Faults:
     def _slow_reader(self, fault: Fault) -> Callable[[], None]:
         client = self._fleet.clients[fault.target % len(self._fleet.clients)]
         return client.stop_reading()
+
+    def _client_leaves(self, fault: Fault) -> Callable[[], None]:
+        """A client that goes away, for a while or for good."""
+        client = self._fleet.clients[fault.target % len(self._fleet.clients)]
+        client.reachable_since = float("inf")
+        client.stop()
+        return lambda: client.start() if fault.strength < 0.5 and not client.is_running else None
 
     def _twin(self, fault: Fault) -> Callable[[], None]:
         """A second program with the id of a client."""

@@ -17,7 +17,7 @@ from twisted.logger import globalLogPublisher
 
 from gateway.registry.interface import SessionKey
 from tests.simulation.backend import Backend, HTTPBackend, Way, WebSocketBackend
-from tests.simulation.client import Client, ClientTraits
+from tests.simulation.client import IDLE_TIMEOUT, Client, ClientTraits
 from tests.simulation.database import SimulatedDatabase
 from tests.simulation.faults import Fault, Faults, make_plan
 from tests.simulation.final_checks import FinalChecks, check_bounds
@@ -35,6 +35,8 @@ WARM_UP = 8.0
 SETTLING_TIME = 45.0
 #: interval of the checks of bounds, in seconds
 SWEEP_INTERVAL = 1.0
+#: time after which no fault has an effect any more, in seconds: leases have expired, and clients have noticed
+QUIET_TIME = LEASE + IDLE_TIMEOUT
 #: time within which a client that follows goaway is back, in seconds
 HANDOFF_TIME = 2.0
 
@@ -52,6 +54,8 @@ class Options:
     rate: float = 100.0
     #: ``None``: by the seed
     is_calm: bool | None = None
+    #: only these kinds of faults; empty: by the seed
+    kinds: tuple[str, ...] = ()
     #: mean time between two faults, in seconds; ``None``: by the seed
     fault_interval: float | None = None
     keep_trace: bool = False
@@ -101,7 +105,7 @@ class Fleet:
         plan_random = scheduler.make_random("plan")
         is_calm = plan_random.random() < 0.3 if options.is_calm is None else options.is_calm
         interval = options.fault_interval or plan_random.choice((1.0, 3.0, 8.0))
-        drawn = make_plan(plan_random, WARM_UP, self._end, is_calm=is_calm, interval=interval)
+        drawn = make_plan(plan_random, WARM_UP, self._end, is_calm=is_calm, interval=interval, only=options.kinds)
         self.plan = list(options.plan) if options.plan is not None else drawn
         self.database.keeps_snapshots = any(fault.kind == "fail_over" for fault in self.plan)
         self._make_processes()
@@ -168,6 +172,7 @@ class Fleet:
             silent_share=random.choice((0.0, 0.0, 0.1)),
             max_delay=random.choice((0.0, 0.0, 0.05, 0.5)),
             error_share=random.choice((0.0, 0.1)),
+            answers_elsewhere=random.random() < 0.2,
             flap_interval=0.0 if is_calm or random.random() < 0.8 else random.choice((2.0, 15.0)),
         )
 
@@ -243,7 +248,7 @@ class Fleet:
         if not is_loss(code) or self.scheduler.now > self._end + SETTLING_TIME:
             return
         client = next(client for client in self.clients if client.client_id == message.client_id)
-        quiet = max(self.faults.is_quiet_since(), WARM_UP) + LEASE + 4 * HEARTBEAT
+        quiet = max(self.faults.is_quiet_since(), WARM_UP) + QUIET_TIME
         deadline = message.sent_at + message.timeout
         is_good = client.traits.follows_goaway and not client.traits.flap_interval and not client.was_replaced
         if (

@@ -21,7 +21,7 @@ from tests.simulation.scheduler import Event, Scheduler
 #: bytes read from a node's socket at once
 READ_SIZE = 2**16
 #: bytes in flight in one direction; then the sender's socket fills
-WINDOW = 2**17
+WINDOW = 2**13
 #: a read of more bytes than this may have made room in a small send buffer
 MAX_PLAIN_READ = 1024
 #: size of a small send buffer, in bytes; the kernel doubles it
@@ -226,6 +226,7 @@ class SocketEnd(End):
             self._network.epoll.modify(self._fd, mask)
 
     def window_changed(self) -> None:
+        self._network.is_dirty = True
         self.update_interest()
 
     def ready(self, event: int) -> None:
