@@ -7,8 +7,11 @@ VENV27 := .venv27
 
 # How long to run each fuzz target, in seconds.
 FUZZ_SECONDS ?= 600
+# How long to simulate, in minutes, and the first seed.
+SIMULATE_MINUTES ?= 10
+SEED ?= 1
 
-.PHONY: help setup test lint unit integration servers chaos hostile fuzz conformance bench docs demo tap.cfg \
+.PHONY: help setup test lint unit integration servers chaos simulate hostile fuzz conformance bench docs demo tap.cfg \
 	changelog clean
 
 define HELP
@@ -27,6 +30,7 @@ Test
 
 Faults
   make chaos        inject faults into a fleet under load, seven minutes (SCENARIO=kill-node: only that one)
+  make simulate     simulate whole fleets with faults, ten minutes, on all cores (SIMULATE_MINUTES=60: longer)
   make hostile      attack a node, ten minutes (ATTACKS=ping-flood: only that one)
   make fuzz         fuzz frames, JSON-RPC and the opening handshake, ten minutes each (FUZZ_SECONDS=60: shorter);
                     needs CPython 3.11 to 3.13
@@ -74,6 +78,9 @@ servers:
 
 chaos: setup servers
 	$(BIN)/python -m tests.chaos $(SCENARIO)
+
+simulate: setup
+	$(BIN)/python -m tests.simulation --soak $(SIMULATE_MINUTES) --seed $(SEED)
 
 hostile: setup
 	$(BIN)/python -m tests.hostile $(ATTACKS)

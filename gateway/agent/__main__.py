@@ -183,6 +183,9 @@ def main() -> None:
         options.parseOptions(sys.argv[1:])  # type: ignore[no-untyped-call]
         from twisted.internet import reactor
 
+        # The reactor's timers follow the wall clock: setting it back by an hour would stop pings and reconnects that
+        # long.
+        reactor.seconds = time.monotonic  # type: ignore[method-assign]
         agent = make_agent(options, reactor)
         _start_logging()
         status = run(agent, reactor)

@@ -23,6 +23,7 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.python import runtime
 from twisted.python.failure import Failure
 
 from gateway.agent.errors import ConnectionLost, NotConnected, Stopped
@@ -182,10 +183,14 @@ class Agent(Service):
     def start(self) -> None:
         """Connect, and stay connected until :meth:`stop` or until the gateway refuses this client for good.
 
-        Does nothing if the agent is running. A stopped agent can be started again.
+        Does nothing if the agent is running. A stopped agent can be started again. Warns if the reactor's timers follow
+        the wall clock: they stand still for as long as it is set back.
         """
         if self._state in (AgentState.RUNNING, AgentState.STOPPING):
             return
+        if getattr(self._clock, "seconds", None) is runtime.seconds:
+            text = "the timers of this reactor follow the wall clock, and stand still while it is set back: set "
+            self._log.warn(text + "reactor.seconds = time.monotonic before the reactor runs")
         self._state, self._stopped = AgentState.RUNNING, None
         Deferred.fromCoroutine(self._run()).addErrback(self._on_crash).addCallback(self._on_stopped)
 

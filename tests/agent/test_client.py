@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import trustme
@@ -13,6 +14,7 @@ from twisted.internet.ssl import Certificate, CertificateOptions, PrivateCertifi
 from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import capturedLogs, globalLogPublisher
 from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.python import runtime
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.agent import (
@@ -55,6 +57,18 @@ class ConstructorTests(SynchronousTestCase):
         self.successResultOf(agent.stop())
         self.failureResultOf(agent.call("m"), NotConnected)
         self.failureResultOf(agent.notify("m"), NotConnected)
+
+    def test_clock_that_may_be_set_back(self) -> None:
+        """Twisted's reactors follow the wall clock."""
+        for seconds, warnings in ((runtime.seconds, 1), (time.monotonic, 0)):
+            reactor = MemoryReactorClock()
+            reactor.seconds = seconds  # type: ignore[method-assign]
+            agent = Agent("ws://gw", reactor=reactor, client_id="x")
+            with capturedLogs() as logs:
+                agent.start()
+            found = [event for event in logs if "reactor.seconds = time.monotonic" in str(event.get("log_format"))]
+            self.assertEqual(len(found), warnings)
+            agent.stop()
 
     def test_tls(self) -> None:
         """``tls`` is called with the host of each url."""
