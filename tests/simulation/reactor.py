@@ -77,10 +77,14 @@ class Connector:
         if self._is_over or not self._reactor.is_running:
             sock.close()
             return
-        self._is_over = True
         self._reactor.run(self._build, sock)
 
     def _build(self, sock: SimulatedSocket) -> None:
+        if self._is_over:
+            # It was given up when the process went on, before this.
+            sock.close()
+            return
+        self._is_over = True
         protocol = self._factory.buildProtocol(self._address)
         self._reactor.make_transport(sock, protocol, IPv4Address("TCP", self._reactor.host, 0), self._address)
 

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -31,7 +32,10 @@ def runs(options: Options) -> Iterator[Options]:
 
 def run_one(options: Options) -> _Outcome:
     """Run one seed, in a process of the soak."""
-    result = run(options)
+    try:
+        result = run(options)
+    except Exception:  # noqa: BLE001 - it is reported with the seed
+        return options, Counter(), [traceback.format_exc()]
     outcome = options, Counter(result.counts), [str(violation) for violation in result.violations]
     del result
     gc.collect()
