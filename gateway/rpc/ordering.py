@@ -16,6 +16,7 @@ connection settles them, too.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from typing import Generic, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
@@ -58,7 +59,7 @@ class ClientQueue(Generic[_Message]):
     def __init__(self, client_id: str) -> None:
         self.client_id = client_id
         #: the messages to be handed on, the oldest first
-        self.waiting: list[_Message] = []
+        self.waiting: deque[_Message] = deque()
         #: number of the newest message so far
         self.last_number = 0
         #: whether its messages are being handed on
@@ -83,18 +84,32 @@ class ClientQueue(Generic[_Message]):
 
     def add(self, message: _Message) -> None:
         """Put a message in its place among those that wait."""
-        if message.number > self.last_number:
-            self.last_number = message.number
-        if not self.waiting or self.waiting[-1].number < message.number:
-            self.waiting.append(message)
+        waiting, number = self.waiting, message.number
+        if number > self.last_number:
+            self.last_number = number
+        if not waiting or waiting[-1].number < number:
+            waiting.append(message)
+        elif number < waiting[0].number:
+            waiting.appendleft(message)
         else:
-            insort(self.waiting, message, key=_number)
+            insort(waiting, message, key=_number)
 
     def remove(self, message: _Message) -> None:
-        """Remove a message that waits."""
+        """Remove a message, if it waits."""
         waiting = self.waiting
-        index = 0 if waiting[0] is message else bisect_left(waiting, message.number, key=_number)
-        del waiting[index]
+        if waiting and waiting[0] is message:
+            waiting.popleft()
+            return
+        index = bisect_left(waiting, message.number, key=_number)
+        if index < len(waiting) and waiting[index] is message:
+            del waiting[index]
+
+    def remove_up_to(self, number: int) -> list[_Message]:
+        """Remove the messages up to a number, and return them."""
+        removed = []
+        while self.waiting and self.waiting[0].number <= number:
+            removed.append(self.waiting.popleft())
+        return removed
 
     def may_follow(self, location: Location) -> bool:
         """Whether a message may be sent to a node without waiting for those that are at a node."""

@@ -600,7 +600,7 @@ class RemoteDelivery:
         same."""
         if error.sent or error.kind not in _CLIENT_UNREACHABLE:
             return
-        for call in [call for call in queue.waiting if call.number <= last_number]:
+        for call in queue.remove_up_to(last_number):
             if call.origin is not None:
                 self._fail(call, RpcError(error.kind, call.client_id, sent=False, detail=error.detail))
 

@@ -183,7 +183,11 @@ class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
     def _read_refusal(self, end: int) -> None:
         """Keep what has arrived of a refusal's body, and close the connection once it is complete."""
         head, body = self.data[:end], self.data[end + 4 :]
-        line, headers, _ = parseHttpHeader(head)
+        try:
+            line, headers, _ = parseHttpHeader(head)
+        except Exception:  # noqa: BLE001  newer releases of Autobahn raise exceptions for some headers
+            self.failHandshake("the headers of the response to the opening handshake cannot be parsed")
+            return
         self._refusal = HandshakeRefusedError(int(line.split()[1]), headers, body[:MAX_REFUSAL_BODY_SIZE])
         length = headers.get("content-length", "0")
         body_size = int(length) if len(length) < 10 and length.isascii() and length.isdigit() else 0

@@ -93,7 +93,7 @@ def _skip_the_queue(original: Any) -> Any:
 
 
 def _put_in_front(original: Any) -> Any:
-    return lambda self, message: self.waiting.insert(0, message)
+    return lambda self, message: self.waiting.appendleft(message)
 
 
 def _do_nothing(original: Any) -> Any:
