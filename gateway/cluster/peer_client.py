@@ -137,6 +137,8 @@ class OwnershipOutbox:
 TIMEOUT_GRACE = 0.2
 #: timeout of peer.fence, in seconds: beyond it the connection has long been found dead
 FENCE_TIMEOUT = 60.0
+#: delay before a peer.fence that could not be sent, or failed, is repeated, in seconds
+FENCE_RETRY_INTERVAL = 0.1
 #: timeout of peer.floor: less than a client waits for its claim, in seconds
 FLOOR_TIMEOUT = 2.0
 #: default timeout of requests to a node itself, in seconds
@@ -219,6 +221,7 @@ class PeerClient:
         self._pending = self._pool.pending
         #: (node_id, method) -> the notices that wait
         self._outboxes: dict[tuple[str, str], OwnershipOutbox] = {}
+        self._fences: set[Deferred[None]] = set()
         self._stopped = False
 
     def count(self) -> int:
@@ -242,6 +245,8 @@ class PeerClient:
         self._stopped = True
         for outbox in list(self._outboxes.values()):
             outbox.stop()
+        for fence in list(self._fences):
+            fence.cancel()
         return self._pool.stop()
 
     # IRemoteNodes
@@ -293,9 +298,27 @@ class PeerClient:
         connection = self._connections.get(location.node_id)
         if connection is None or Feature.FENCE not in connection.features:
             return succeed(None)
+        fence = Deferred.fromCoroutine(self._fence(connection, location))
+        self._fences.add(fence)
+
+        def finished(result: Failure | None) -> None:
+            self._fences.discard(fence)
+            if result is not None:
+                result.trap(CancelledError)
+
+        return fence.addBoth(finished)
+
+    async def _fence(self, connection: PeerConnection, location: Location) -> None:
         params = encode_params(client=location.client_id)
-        request = self._pool.request(location.node_id, location.peer_url, "peer.fence", params, FENCE_TIMEOUT)
-        return request.addBoth(lambda _: None)
+        # Only a response or the loss of the connection settles the messages before it: not that too many requests are
+        # in flight, or that the node does not read.
+        while self._connections.get(location.node_id) is connection:
+            try:
+                await self._pool.request(location.node_id, location.peer_url, "peer.fence", params, FENCE_TIMEOUT)
+                return
+            except (RpcError, NotDeliveredError, PeerUnreachableError):
+                if self._connections.get(location.node_id) is connection:
+                    await deferLater(self._reactor, FENCE_RETRY_INTERVAL)
 
     def cancel(self, call: Call) -> None:
         connection = self._pending.owner_of(call)

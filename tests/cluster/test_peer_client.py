@@ -319,9 +319,42 @@ class FenceTests(PeerClientCase):
         peer.disconnect()
         self.successResultOf(fence)
 
-    def test_any_error(self) -> None:
+    def test_any_error_is_repeated(self) -> None:
         peer, fence = self.fence()
-        peer.respond_error(peer.requests()[0], -32601)
+        peer.respond_error(peer.requests()[0], -32603)
+        self.assertNoResult(fence)
+        self.net.advance(0.2)
+        peer.respond(peer.requests()[0])
+        self.successResultOf(fence)
+
+    def test_too_many_requests_in_flight(self) -> None:
+        self.peer_client.connect(location())
+        peer = self.net.accept().open(b"Wsgateway-Features: fence\r\n")
+        calls = [self.start_call() for _ in range(self.max_calls)]
+        request = peer.requests()[0]
+        fence = self.peer_client.fence(location())
+        # What was sent before it is not settled.
+        self.net.advance(1)
+        self.assertNoResult(fence)
+        self.assertEqual(peer.requests(), [])
+        peer.respond(request)
+        self.assertEqual(len(calls[0].results), 1)
+        self.net.advance(0.2)
+        self.assertNoResult(fence)
+        peer.respond(peer.requests()[0])
+        self.successResultOf(fence)
+
+    def test_connection_lost_before_it_is_repeated(self) -> None:
+        peer, fence = self.fence()
+        peer.respond_error(peer.requests()[0], -32603)
+        peer.disconnect()
+        self.net.advance(0.2)
+        self.successResultOf(fence)
+
+    def test_stop_before_it_is_repeated(self) -> None:
+        peer, fence = self.fence()
+        peer.respond_error(peer.requests()[0], -32603)
+        self.peer_client.stop()
         self.successResultOf(fence)
 
 
