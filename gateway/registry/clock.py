@@ -38,6 +38,8 @@ class DatabaseClock:
         #: from when on leases in the past, and in the future, are judged
         self._judges_past_from = -math.inf
         self._judges_future_from = -math.inf
+        #: until when other nodes may not know that the clock was set
+        self._was_set_until = -math.inf
 
     def observe(self, now: int, sent_at: float) -> tuple[float, int]:
         """Take note of the time that a heartbeat has read; it was sent at ``sent_at``.
@@ -52,6 +54,8 @@ class DatabaseClock:
             if not self._observed:
                 # What lies in the future may be of a living node that is about to send its next heartbeat.
                 self._judges_future_from = read_at + self._lease
+            if abs(step) > MAX_SLEW:
+                self._was_set_until = read_at + self._lease
             if abs(step) > self._tolerance:
                 self._judges_past_from = self._judges_future_from = read_at + self._lease
             else:
@@ -71,13 +75,25 @@ class DatabaseClock:
         least, most = sent_at - self._not_after, read_at - self._not_before
         return elapsed - most if elapsed > most else min(0.0, elapsed - least)
 
-    def horizon(self, now: int) -> int:
+    def seconds(self) -> float:
+        """Return the time of this node's own clock."""
+        return self._monotonic()
+
+    def horizon(self, now: int, sent_at: float) -> int:
         """Return what the clock would say at most, in microseconds, had it not been set back since the last heartbeat;
-        0 if it was not. ``now`` was read just before."""
+        0 if it was not. ``now`` was read just before, by a statement sent at ``sent_at``."""
         with self._lock:
-            if now >= self._observed:
+            read_at = self._monotonic()
+            if now >= self._observed and self._deviation(now, sent_at, read_at) >= -MAX_SLEW:
                 return 0
-            return self._extrapolate(self._monotonic())
+            return self._extrapolate(read_at)
+
+    def was_set(self, now: int) -> bool:
+        """Whether the clock was set ahead since the last heartbeat, or either way so recently that other nodes may not
+        know. ``now`` was read just before."""
+        with self._lock:
+            read_at = self._monotonic()
+            return read_at < self._was_set_until or self._deviation(now, self._not_after, read_at) > MAX_SLEW
 
     def is_steady(self) -> bool:
         """Whether the leases of other nodes can be judged, as of the last heartbeat."""

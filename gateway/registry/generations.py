@@ -2,8 +2,9 @@
 
 The generation of a claim is the database's time, and so may be lower than those given before, once that clock is set
 back. So each node remembers the highest generation that it has seen, and tells it to the others: in its row of
-``nodes`` at each heartbeat, and by ``peer.floor``. While the clock is behind it, generations are counted upwards from
-there, and each transaction reads what the other nodes have given, and writes what it gives.
+``nodes`` at each heartbeat, and by ``peer.floor``; each transaction reads what the other nodes have told. While the
+clock is behind it, generations are counted upwards from there. While the clock is behind, or was set a short time ago,
+each transaction also writes what it gives.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import attrs
 from gateway.registry.claims import ClaimRequest, Outcome, Owner, ReleaseRequest, Resolution, Row, resolve
 from gateway.registry.clock import DatabaseClock, UnobservedClock
 from gateway.registry.dialect import Dialect
-from gateway.registry.generations import GenerationFloor
+from gateway.registry.generations import TOLERANCE, GenerationFloor
 from gateway.registry.interface import Assignment, Location, NodeInfo, NodeStatus, SessionKey
 from gateway.registry.schema_versions import transaction
 
@@ -105,20 +105,29 @@ def read_client_rows(cursor: Any, client_ids: list[str]) -> dict[str, Row]:
     }
 
 
-def read_owners(cursor: Any, dialect: Dialect, clock: DatabaseClock, numbers: set[int]) -> tuple[int, dict[int, Owner]]:
-    """Read the clock, and nodes by number, without those that have left. ``clock`` judges their leases. The time is 0
-    if none of these nodes has a row."""
+class Owners(NamedTuple):
+    """Nodes by number, without those that have left; the time at which they were read, and the highest generation that
+    any node has told, are 0 if none of them has a row."""
+
+    by_number: dict[int, Owner]
+    now: int
+    max_generation: int
+
+
+def read_owners(cursor: Any, dialect: Dialect, clock: DatabaseClock, numbers: set[int]) -> Owners:
+    """Read the clock and nodes. ``clock`` judges their leases."""
     cursor.execute(
-        f"SELECT {dialect.now_expression}, heartbeat_at, id, node_id, name, peer_url, public_url, state,"
-        f" clients < capacity FROM nodes WHERE id IN ({placeholders(numbers)})",
+        f"SELECT {dialect.now_expression}, (SELECT MAX(max_generation) FROM nodes), heartbeat_at, id, node_id, name,"
+        f" peer_url, public_url, state, clients < capacity FROM nodes WHERE id IN ({placeholders(numbers)})",
         sorted(numbers),
     )
-    now, owners = 0, {}
-    for now, heartbeat, number, node_id, name, peer_url, public_url, state, room in cursor.fetchall():
+    owners, now, max_generation = {}, 0, 0
+    for row in cursor.fetchall():
+        now, max_generation, heartbeat, number, node_id, name, peer_url, public_url, state, room = row
         if heartbeat:
             live = clock.is_live(heartbeat, now)
             owners[number] = Owner(node_id, name, peer_url, public_url, state, live, bool(room), heartbeat)
-    return now, owners
+    return Owners(owners, now, max_generation or 0)
 
 
 def assign(
@@ -136,7 +145,7 @@ def assign(
     number = int(row[0])
     dialect.lock_assignments(cursor, client_ids)
     # The clock is read after the wait for locks.
-    now, owners = read_owners(cursor, dialect, clock, {number})
+    owners, now, _ = read_owners(cursor, dialect, clock, {number})
     parameters, values = padded_placeholders(list(client_ids))
     cursor.execute(
         f"SELECT client_id FROM placements WHERE client_id IN ({parameters}) AND moved_at > ? AND moved_at <= ?",
@@ -167,7 +176,7 @@ def find_assignments(cursor: Any, dialect: Dialect, clock: DatabaseClock, client
     rows = read_assignments(cursor, client_ids)
     if not rows:
         return {}
-    now, owners = read_owners(cursor, dialect, clock, {number for number, _ in rows.values()})
+    owners, now, _ = read_owners(cursor, dialect, clock, {number for number, _ in rows.values()})
     return {
         client_id: owners[number]
         for client_id, (number, expires_at) in rows.items()
@@ -235,7 +244,8 @@ def write_batch(
     # The clock is read after the wait for locks: the generation of a claim is its time.
     dialect.lock_node_shared(cursor, local_node.info.node_id)
     numbers = {row.node for row in rows.values()} | {number for number, _ in assignments.values()}
-    now, owners = read_owners(cursor, dialect, clock, {local_node.number, *numbers})
+    sent_at = clock.seconds()
+    owners, now, max_generation = read_owners(cursor, dialect, clock, {local_node.number, *numbers})
     own = owners.pop(local_node.number, None)
     # A row that is older than what this node wrote last is that of a database that has lost commits.
     lease_valid = (
@@ -249,15 +259,15 @@ def write_batch(
         for client_id, (number, expires_at) in assignments.items()
         if is_assignment_valid(expires_at, now)
     }
-    floor.raise_to(clock.horizon(now))
-    is_behind = floor.is_ahead_of(now)
-    if is_behind:
-        floor.raise_to(read_max_generation(cursor))
+    horizon = clock.horizon(now, sent_at)
+    floor.raise_to(max(horizon, max_generation))
+    is_behind = floor.is_ahead_of(now, 0 if horizon else TOLERANCE)
     resolution = resolve(
         batch, rows, local_node.number, now, lease_valid, owners, valid, floor.value if is_behind else 0
     )
     floor.raise_to(max((row.generation for row in resolution.written.values()), default=0))
-    if is_behind and resolution.written:
+    if resolution.written and (is_behind or clock.was_set(now)):
+        # The other nodes need not know what the clock has said.
         cursor.execute("UPDATE nodes SET max_generation = ? WHERE id = ?", (floor.value, local_node.number))
     removed = {client_id: row.node for client_id, row in resolution.removed.items()}
     if maybe_written:
@@ -404,6 +414,7 @@ class Statements:
         """
         lease_lost = [] if lease_lost is None else lease_lost
         with transaction(connection, self._dialect.begin_statement) as cursor:
+            sent_at = self._clock.seconds()
             # By number only: claims lock the index on node_id.
             cursor.execute(
                 f"SELECT {self._dialect.now_expression}, heartbeat_at, node_id FROM nodes WHERE id = ?"
@@ -416,7 +427,7 @@ class Statements:
             lost_commits = not exists or row[1] < local_node.heartbeat_at
             if lost_commits or not self._clock.is_live(row[1], now):
                 lease_lost.append(True)
-            self._floor.raise_to(max(self._clock.horizon(now), read_max_generation(cursor)))
+            self._floor.raise_to(max(self._clock.horizon(now, sent_at), read_max_generation(cursor)))
             if exists:
                 cursor.execute(
                     "UPDATE nodes SET state = ?, clients = ?, heartbeat_at = ?, max_generation = ? WHERE id = ?",
@@ -445,7 +456,7 @@ class Statements:
             rows = read_client_rows(cursor, client_ids)
             if not rows:
                 return {}
-            _, owners = read_owners(cursor, self._dialect, self._clock, {row.node for row in rows.values()})
+            owners, _, _ = read_owners(cursor, self._dialect, self._clock, {row.node for row in rows.values()})
             return {
                 client_id: owners[row.node].location(client_id, row)
                 for client_id, row in rows.items()

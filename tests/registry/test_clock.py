@@ -32,6 +32,12 @@ class ClockCase(SynchronousTestCase):
         step, self.observed_horizon = self.clock.observe(self.now(), sent_at)
         return step
 
+    def horizon(self, duration: float = 0.0) -> int:
+        """The statement takes ``duration`` seconds, and reads the clock first."""
+        now, sent_at = self.now(), self.monotonic
+        self.advance(duration)
+        return self.clock.horizon(now, sent_at)
+
     def is_live(self, age: float) -> bool:
         return self.clock.is_live(round((self.database - age) * SECOND), self.now())
 
@@ -102,13 +108,41 @@ class DatabaseClockTests(ClockCase):
         self.assertEqual(self.observe(), 0.0)
 
     def test_horizon(self) -> None:
-        self.assertEqual(self.clock.horizon(self.now()), 0)
+        self.assertEqual(self.horizon(), 0)
         self.observe()
         self.advance(3.0)
-        self.assertEqual(self.clock.horizon(self.now()), 0)
+        self.assertEqual(self.horizon(), 0)
         expected = self.now()
         self.advance(0.0, -HOUR)
-        self.assertEqual(self.clock.horizon(self.now()), expected)
+        self.assertEqual(self.horizon(), expected)
+
+    def test_horizon_of_a_step_shorter_than_the_time_since_the_heartbeat(self) -> None:
+        self.observe()
+        self.advance(4.0, 1.0)
+        self.assertEqual(self.horizon(), self.now() + 3 * SECOND)
+
+    def test_horizon_of_a_slow_answer(self) -> None:
+        self.observe()
+        self.advance(4.0)
+        self.assertEqual(self.horizon(duration=3.0), 0)
+
+    def test_was_set(self) -> None:
+        self.observe()
+        self.advance(4.0)
+        self.assertFalse(self.clock.was_set(self.now()))
+        self.advance(0.0, 3.0)
+        self.assertTrue(self.clock.was_set(self.now()))
+        self.observe()
+        # Until the other nodes have sent heartbeats.
+        self.advance(LEASE - 0.1)
+        self.assertTrue(self.clock.was_set(self.now()))
+        self.advance(0.2)
+        self.assertFalse(self.clock.was_set(self.now()))
+
+    def test_a_slow_answer_is_no_step_ahead(self) -> None:
+        self.observe(duration=4.0)
+        self.advance(4.0, 8.0)
+        self.assertFalse(self.clock.was_set(self.now()))
 
     def test_unobserved(self) -> None:
         self.clock = UnobservedClock(LEASE)

@@ -153,6 +153,26 @@ class GenerationTests(ClockCase):
             self.clock.advance(0.5)
         self.assertEqual(generations, sorted(set(generations)))
 
+    def test_clock_that_is_set_ahead_and_back_between_two_heartbeats(self) -> None:
+        """Only one of the nodes has claimed a client meanwhile."""
+        self.heartbeats(LEASE)
+        self.offset += 3.0
+        generations = [self.claim_and_release(self.a)]
+        self.clock.advance(0.5)
+        self.offset -= 3.0
+        generations += [self.claim_and_release(node) for node in (self.b, self.c, self.a)]
+        self.assertEqual(generations, sorted(set(generations)))
+
+    def test_clock_that_is_set_ahead_and_back_after_a_heartbeat_of_one_node(self) -> None:
+        self.heartbeats(LEASE)
+        self.offset += 3.0
+        self.result_of(self.a.heartbeat("up", 0))
+        self.clock.advance(1.0)
+        generations = [self.claim_and_release(self.a)]
+        self.offset -= 3.0
+        generations += [self.claim_and_release(node) for node in (self.b, self.c, self.a)]
+        self.assertEqual(generations, sorted(set(generations)))
+
     def test_node_that_joins_after_a_step_back(self) -> None:
         before = self.claim_and_release(self.a)
         self.heartbeats(HEARTBEAT)
