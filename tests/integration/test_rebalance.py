@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -26,6 +27,19 @@ def even(nodes: list[Node], clients: int) -> Callable[[], object]:
     async def ask() -> bool:
         found = await counts(nodes)
         return sum(found) == clients and max(found) <= 1.1 * min(found)
+
+    return ask
+
+
+def counts_known(nodes: list[Node]) -> Callable[[], object]:
+    """Return a check that each node has learned the present counts of the others, from their heartbeats."""
+    since = time.monotonic()
+
+    async def ask() -> bool:
+        listed = (await nodes[0].request("GET", "/v1/nodes")).json["nodes"]
+        elapsed = time.monotonic() - since
+        # A node reads the others' rows at its own heartbeat, every 0.5 s.
+        return all(elapsed - node["heartbeat_age"] > 0.6 for node in listed)
 
     return ask
 
@@ -86,6 +100,7 @@ async def test_moved_clients_that_reconnect_to_the_old_node(fleet: Callable[...,
         ClientGroup(nodes[:1], 40) as plain,
         ClientGroup(nodes[:1], 40, name="f", additional_headers=redirect) as following,
     ):
+        await eventually(counts_known(nodes), "the nodes know of all clients")
         answer = await nodes[1].request("POST", "/v1/rebalance", {})
         assert answer.json == {"nodes": {nodes[0].node_id: 40, nodes[1].node_id: 0}}
         await eventually(even(nodes, 80), "half of them are at the other node")

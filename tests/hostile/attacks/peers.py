@@ -58,6 +58,8 @@ def _altered(signed: str) -> list[str]:
     "peer connections with forged, altered, expired, future or replayed credentials, or credentials for another node",
     "401; valid credentials are accepted once",
     REFUSED,
+    # A valid signature, for another node.
+    "401 wrong_node",
     "101",
     tolerated=["400 header"],
 )
