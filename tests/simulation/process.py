@@ -214,6 +214,11 @@ class NodeProcess:
             if partner >= 0:
                 os.close(fd)
         relays._epoll.close()
+        # The garbage collector runs the "finally" of suspended coroutines, which a killed process does not. The
+        # descriptors may belong to another node by then.
+        relays._by_client.clear()
+        relays._buffered.clear()
+        relays._spliced = 0
 
     def pause(self) -> None:
         """Send SIGSTOP."""
