@@ -133,8 +133,8 @@ class BackendProtocol(ServerProtocol):
         self._upstream: BackendDispatcher = self.factory.upstream
         self._methods: MethodTable[Any] = self.factory.methods
         self._dispatcher: IDispatcher = self._methods.dispatcher
-        #: requests without a response yet
-        self._in_progress: set[Deferred[Reply] | BackendCall] = set()
+        #: requests without a response yet, the oldest first
+        self._in_progress: dict[Deferred[Reply] | BackendCall, None] = {}
         self._active = True
         self.factory.add(self)
 
@@ -231,9 +231,9 @@ class BackendProtocol(ServerProtocol):
                 assert id is not None
                 # try_call() may complete the call before it returns.
                 call = BackendCall(self, id)
-                in_progress.add(call)
+                in_progress[call] = None
                 if not self._dispatcher.try_call(call, client_id, message.method, params, message.timeout):
-                    in_progress.discard(call)
+                    in_progress.pop(call, None)
                     return False
             elif not self._dispatcher.try_notify(client_id, message.method, params):
                 return False
@@ -241,7 +241,7 @@ class BackendProtocol(ServerProtocol):
                 self.send_text(jsonrpc.encode_result(id, b"null"))
         except RpcError as e:
             if is_call:
-                in_progress.discard(call)
+                in_progress.pop(call, None)
             if id is not None:
                 self.send_text(self.encode_gateway_error(id, e.to_json()))
         self._consecutive_bad = 0
@@ -295,10 +295,10 @@ class BackendProtocol(ServerProtocol):
         result.addBoth(self._send_result, result, id, respond)
 
     def _request_started(self, request: Deferred[Reply], id: bytes) -> None:
-        self._in_progress.add(request)
+        self._in_progress[request] = None
 
     def _request_finished(self, request: Deferred[Reply], id: bytes) -> None:
-        self._in_progress.discard(request)
+        self._in_progress.pop(request, None)
 
     def _send_result(
         self, result: Reply | Failure, request: Deferred[Reply], id: bytes, respond: Callable[[bytes], Any]
@@ -325,7 +325,7 @@ class BackendCall(Call):
     def complete(self, result: Reply | RpcError) -> None:
         """Send the response."""
         backend = self._backend
-        backend._in_progress.discard(self)
+        backend._in_progress.pop(self, None)
         if not backend._active:
             return
         if isinstance(result, RpcError):

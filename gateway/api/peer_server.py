@@ -462,7 +462,7 @@ class PeerServerProtocol(BackendProtocol):
         """Cancel the request with that raw id, if it is in progress. It gets no response."""
         request = self._requests_by_id.pop(id, None)
         if request is not None:
-            self._in_progress.discard(request)
+            self._in_progress.pop(request, None)
             request.cancel()
 
     # Messages.
@@ -495,7 +495,7 @@ class PeerServerProtocol(BackendProtocol):
             if is_call:
                 # call_session() may complete the call before it returns.
                 call = PeerCall(self, id)
-                in_progress.add(call)
+                in_progress[call] = None
                 self._requests_by_id[id] = call
                 if not self._dispatcher.call_session(call, session, message.method, params, message.timeout):
                     call.discard()
@@ -536,7 +536,7 @@ class PeerCall(BackendCall):
 
     def discard(self) -> None:
         """Remove the call from the requests in progress."""
-        self._backend._in_progress.discard(self)
+        self._backend._in_progress.pop(self, None)
         self._backend._requests_by_id.pop(self._raw_id, None)
 
     def complete(self, result: Reply | RpcError) -> None:

@@ -187,7 +187,7 @@ class DispatchFastTests(SynchronousTestCase):
         self.node.respond()
         self.assertEqual(self.node.backend.sent, [b'{"jsonrpc":"2.0","id":1,"result":{ "a":1.0 }}'])
         self.assertEqual((self.node.metrics.calls, self.node.metrics.calls_answered), (1, 1))
-        self.assertEqual((self.node.backend._in_progress, self.node.clock.getDelayedCalls()), (set(), []))
+        self.assertEqual((self.node.backend._in_progress, self.node.clock.getDelayedCalls()), ({}, []))
 
     def test_error_of_the_client(self):
         self.node.send(CALL)
@@ -237,7 +237,7 @@ class DispatchFastTests(SynchronousTestCase):
     def test_backend_disconnects(self):
         self.node.send(CALL)
         self.node.backend.closed(1001)
-        self.assertEqual((self.node.dispatcher.calls_in_flight(), self.node.backend._in_progress), (0, set()))
+        self.assertEqual((self.node.dispatcher.calls_in_flight(), self.node.backend._in_progress), (0, {}))
         self.node.respond()
         self.assertEqual((self.node.messages(), self.node.metrics.late_responses), ([], 1))
         self.assertEqual(self.node.clock.getDelayedCalls(), [])
@@ -266,7 +266,7 @@ class DispatchFastTests(SynchronousTestCase):
         )
         self.node.send(CALL)
         self.assertEqual(([response["result"] for response in self.node.messages()], len(started)), ([0], 1))
-        self.assertEqual((self.node.backend._in_progress, self.node.metrics.calls), (set(), 0))
+        self.assertEqual((self.node.backend._in_progress, self.node.metrics.calls), ({}, 0))
 
 
 def encode_object(draw, members):
@@ -374,7 +374,7 @@ class EquivalenceTests(SynchronousTestCase):
             self.assertEqual(nodes[0].state(), nodes[1].state())
         for node in nodes:
             node.backend.closed(1001)
-            self.assertEqual((node.dispatcher.calls_in_flight(), node.backend._in_progress), (0, set()))
+            self.assertEqual((node.dispatcher.calls_in_flight(), node.backend._in_progress), (0, {}))
         self.assertEqual(nodes[0].state(), nodes[1].state())
 
     def test_generated_requests_mostly_take_the_fast_path(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import shutil
@@ -266,12 +267,19 @@ class Fleet:
         """Run, and check."""
         observer = self._log_event
         globalLogPublisher.addObserver(observer)
+        was_collecting = gc.isenabled()
+        # When garbage is collected, and so what memory is free for the next object, depends on earlier runs: it would
+        # decide what becomes of killed nodes, and the order of sets of objects.
+        gc.collect()
+        gc.disable()
         try:
             with Randomness(self.scheduler):
                 self._run()
         finally:
             globalLogPublisher.removeObserver(observer)
             self._close()
+            if was_collecting:
+                gc.enable()
         return Result(
             self.options,
             self.scheduler.trace_hash(),
