@@ -82,7 +82,7 @@ class DispatchFastTests(SynchronousTestCase):
         endpoint.dispatcher.session_calls[0][0].complete(Reply(b"1", None))
         self.assertEqual([response["result"] for response in peer.messages()], [None, 1])
         protocol = peer.protocol._protocol
-        self.assertEqual((protocol._in_progress, protocol._requests_by_id), (set(), {}))
+        self.assertEqual((protocol._in_progress, protocol._requests_by_id), ({}, {}))
 
 
 class PeerHarness:
@@ -182,6 +182,6 @@ class EquivalenceTests(SynchronousTestCase):
             self.assertEqual(nodes[0].state(), nodes[1].state())
         for node in nodes:
             node.link.disconnect()
-            self.assertEqual((node.protocol._in_progress, node.protocol._requests_by_id), (set(), {}))
+            self.assertEqual((node.protocol._in_progress, node.protocol._requests_by_id), ({}, {}))
             self.assertTrue(nothing_forwarded(node.dispatcher))
         self.assertEqual(len(nodes[0].dispatcher.cancelled_calls), len(nodes[1].dispatcher.cancelled_calls))

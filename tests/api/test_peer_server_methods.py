@@ -128,7 +128,7 @@ class CallTests(PeerConnectionTestCase):
         self.call()
         self.assert_failed(-32001)
         self.assertEqual(
-            (self.peer.protocol._protocol._in_progress, self.peer.protocol._protocol._requests_by_id), (set(), {})
+            (self.peer.protocol._protocol._in_progress, self.peer.protocol._protocol._requests_by_id), ({}, {})
         )
 
     def test_without_the_lease(self):
@@ -368,7 +368,7 @@ class CancelTests(PeerConnectionTestCase):
         self.assertEqual(self.sessions.waiters, [])
         self.assertEqual((self.peer.messages(), self.dispatcher.session_calls), ([], []))
         self.assertEqual(
-            (self.peer.protocol._protocol._in_progress, self.peer.protocol._protocol._requests_by_id), (set(), {})
+            (self.peer.protocol._protocol._in_progress, self.peer.protocol._protocol._requests_by_id), ({}, {})
         )
         self.assertEqual(self.flushLoggedErrors(), [])
 
