@@ -190,7 +190,7 @@ def from_backend(data: bytes) -> None:
         assert nodes[0].state() == nodes[-1].state()
     for node in nodes:
         node.backend.closed(1001)
-        assert (node.dispatcher.calls_in_flight(), node.backend._in_progress) == (0, set())
+        assert (node.dispatcher.calls_in_flight(), node.backend._in_progress) == (0, {})
 
 
 def from_node(data: bytes) -> None:
@@ -208,4 +208,4 @@ def from_node(data: bytes) -> None:
         assert nodes[0].state() == nodes[-1].state()
     for node in nodes:
         node.link.disconnect()
-        assert (node.protocol._in_progress, node.protocol._requests_by_id) == (set(), {})
+        assert (node.protocol._in_progress, node.protocol._requests_by_id) == ({}, {})
