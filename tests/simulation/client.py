@@ -228,6 +228,7 @@ class Client:
             self.scheduler.trace(f"{self.program} drops its connection")
             self.current.drop()
             self.current = None
+            self.reachable_since = float("inf")
             self._connect_later(self.random.random() * 0.3)
         self._schedule_flap()
 
