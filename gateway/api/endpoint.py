@@ -6,7 +6,8 @@
     -> anything else                                     HTTP (http_server.py, router.py)
 
 The bytes of a new connection are buffered until its first header block is complete; then the protocol that it is for
-receives them, and everything that follows.
+receives them, and everything that follows. Proxies that pool connections send requests of several clients on one
+connection: a request for a WebSocket after others goes the same way.
 
 File descriptors for backends are limited. A connection over ``MAX_CONNECTIONS`` closes the HTTP connection that has
 been idle longest; if none is idle, it is refused. Over ``MAX_EXCESS_CONNECTIONS`` more, the oldest connection without a
@@ -35,7 +36,16 @@ from gateway.api.access import AccessPolicy, AuthenticateBackend, AuthenticatePe
 from gateway.api.backend import BackendFactory, BackendProtocol
 from gateway.api.client_handlers import ClientHandlers, body_too_large
 from gateway.api.directory import ClientDirectory
-from gateway.api.http_server import HEADERS_TOO_LARGE, MAX_HEAD_SIZE, REQUEST_TIMED_OUT, HTTPConnection, HTTPContext
+from gateway.api.http_server import (
+    BACKEND_PATH,
+    HEADERS_TOO_LARGE,
+    MAX_HEAD_SIZE,
+    RELAY_PATH,
+    REQUEST_TIMED_OUT,
+    HTTPConnection,
+    HTTPContext,
+    upgrade_path,
+)
 from gateway.api.methods import BackendMethods
 from gateway.api.node_handlers import NodeHandlers
 from gateway.api.peer_server import PeerMethods, PeerServerFactory, PeerServerProtocol
@@ -64,10 +74,6 @@ MAX_CONNECTIONS = reserved_files() * 5 // 8
 #: further connections, to be refused or while closing
 MAX_EXCESS_CONNECTIONS = reserved_files() // 8
 
-#: path at which peers relay clients' connections
-RELAY_PATH = b"/v1/relay"
-
-_BACKEND_PATH = BackendProtocol.path.encode("ascii")
 _HEAD_END = b"\r\n\r\n"
 _HEALTH_REQUEST = re.compile(rb"(GET|HEAD) /(healthz|readyz)[ ?]")
 _NO_FILES_LEFT = error_response(
@@ -159,17 +165,17 @@ class ProtocolDetector(Protocol):
             else:
                 self._hand_over_to_relay(self._factory.relay_factory, data)
             return
-        if path == _BACKEND_PATH and has_peer_credentials(_authorization(head)):
+        if path == BACKEND_PATH and has_peer_credentials(_authorization(head)):
             self._switch_to(self._factory.peer_factory.buildProtocol(self.transport.getPeer()), data)
             return
         full = not self._factory.make_room()
         if full and not _HEALTH_REQUEST.match(head):
             self._switch_to_http().refuse(_FULL)
             return
-        if path == _BACKEND_PATH:
+        if path == BACKEND_PATH:
             self._switch_to(self._factory.backend_factory.buildProtocol(self.transport.getPeer()), data)
         else:
-            self._switch_to(HTTPConnection(self._factory.http_context), data)
+            self._switch_to(self._make_http_connection(), data)
         if full:
             # A health check is answered, then closed to make room again.
             self.shut_down(CloseCode.TRY_AGAIN_LATER, "full")
@@ -192,8 +198,18 @@ class ProtocolDetector(Protocol):
         protocol.makeConnection(transport)
         protocol.dataReceived(data)
 
+    def _make_http_connection(self) -> HTTPConnection:
+        return HTTPConnection(self._factory.http_context, self._upgrade)
+
+    def _upgrade(self, data: bytes) -> None:
+        """Detect the protocol again: proxies that pool connections send an upgrade after other requests."""
+        self._protocol = None
+        del self.dataReceived
+        self._buffer = data
+        self._detect(data[: data.index(_HEAD_END)])
+
     def _switch_to_http(self) -> HTTPConnection:
-        connection = HTTPConnection(self._factory.http_context)
+        connection = self._make_http_connection()
         self._switch_to(connection)
         return connection
 
@@ -218,15 +234,6 @@ class ProtocolDetector(Protocol):
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         self._timer = None
-
-
-def upgrade_path(head: bytes) -> bytes:
-    """Return the path of an upgrade request; empty for any other request."""
-    first, *lines = head.split(b"\r\n")
-    target = first.split(b" ")[1:2]
-    if not target or not any(line.partition(b":")[0].lower() == b"upgrade" for line in lines):
-        return b""
-    return target[0].partition(b"?")[0]
 
 
 def _authorization(head: bytes) -> str:
@@ -292,6 +299,7 @@ class BackendEndpoint:
             handle=router.handle,
             body_too_large=body_too_large(limit),
             error_log=RateLimitedLogger(reactor.seconds),
+            upgrade_paths=(BACKEND_PATH,) if relay_factory is None else (BACKEND_PATH, RELAY_PATH),
         )
         self.relay_factory = relay_factory
         shared: Any = {

@@ -4,6 +4,7 @@
     -> a body over the limit                   <- 413 (headers: 431), Connection: close; the rest is read and dropped
     -> not HTTP, or ambiguous framing          <- 400, Connection: close
     -> a request that does not end             <- 408, Connection: close
+    -> GET /v1/backend, Upgrade: websocket     the transport is handed over (endpoint.py), also after other requests
 
 Pipelined requests (RFC 9112, section 9.3.2) are handled one per reactor iteration, so that one connection cannot delay
 the others; twisted.web handles all of them at once.
@@ -62,6 +63,10 @@ _INTEGER = re.compile(r"[0-9]{1,9}")
 
 #: prefix of the path of a client
 CLIENTS_PATH: Final = b"/v1/clients/"
+#: path of backend WebSockets and peer connections
+BACKEND_PATH: Final = b"/v1/backend"
+#: path at which peers relay clients' connections
+RELAY_PATH: Final = b"/v1/relay"
 #: suffix of the path for calls to a client
 RPC_SUFFIX: Final = b"/rpc"
 
@@ -96,6 +101,15 @@ def rpc_client_id(path: bytes) -> str | None:
         return parse_client_id(path[len(CLIENTS_PATH) : -len(RPC_SUFFIX)])
     except BadRequestError:
         return None
+
+
+def upgrade_path(head: bytes) -> bytes:
+    """Return the path of an upgrade request; empty for any other request."""
+    first, *lines = head.split(b"\r\n")
+    target = first.split(b" ")[1:2]
+    if not target or not any(line.partition(b":")[0].lower() == b"upgrade" for line in lines):
+        return b""
+    return target[0].partition(b"?")[0]
 
 
 class Query:
@@ -154,8 +168,11 @@ def parse_seconds(name: str, text: str) -> float:
 
 #: bytes of a request line and its headers
 MAX_HEAD_SIZE = 2**14
-#: seconds between requests, seconds without reading a response, and seconds from a request's first byte to its last
-IDLE_TIMEOUT = 60
+#: seconds from a request's first byte to its last, and seconds without reading a response
+REQUEST_TIMEOUT = 60
+#: seconds between requests: longer than load balancers and proxies keep idle connections to a server (AWS, nginx and
+#: varnish 60 s, Caddy 120 s), or a request would now and then meet the closing connection
+KEEP_ALIVE_TIMEOUT = 150
 #: chunks of a body that may be smaller than MIN_CHUNK_SIZE on average: each costs as much as a large one
 MAX_SMALL_CHUNKS = 256
 #: bytes of a chunk, on average, in a body of more chunks than that
@@ -202,6 +219,8 @@ class HTTPContext:
     handle: Callable[[HTTPRequest], Coroutine[Deferred[Any], Any, Response]]
     body_too_large: Callable[[HTTPRequest], Response]
     error_log: RateLimitedLogger
+    #: paths at which a request with an ``Upgrade`` header is for another protocol
+    upgrade_paths: tuple[bytes, ...] = ()
 
 
 class _AbortedError(Exception):
@@ -316,7 +335,10 @@ class HTTPRequest(http.Request):
         self.context.metrics.api_requests[str(response.status)] += 1
         # twisted.web does not know every reason phrase.
         self.setResponseCode(response.status, HTTPStatus(response.status).phrase.encode())
-        for name, value in (*standard_headers(response, self.context.wall_clock()), *response.headers):
+        headers = [*standard_headers(response, self.context.wall_clock()), *response.headers]
+        if self.channel.persistent:
+            headers.append(("Keep-Alive", f"timeout={KEEP_ALIVE_TIMEOUT}"))
+        for name, value in headers:
             self.responseHeaders.setRawHeaders(name, [value])
         self.write(response.body)
         self.finish()
@@ -326,7 +348,9 @@ class ConnectionState(enum.Enum):
     """State of an HTTP connection.
 
     OPEN -> DRAINING          shut_down() with a request in progress
-    OPEN -> CLOSING           shut_down() without one; idle, or not reading, for IDLE_TIMEOUT; Connection: close
+    OPEN -> CLOSING           shut_down() without one; idle for KEEP_ALIVE_TIMEOUT, or not reading for
+                              REQUEST_TIMEOUT; Connection: close
+    OPEN -> UPGRADED          a request for a WebSocket, after others
     OPEN, DRAINING -> REFUSED a request that is refused before it was read to its end
     DRAINING -> CLOSING       the request in progress is answered
     REFUSED -> CLOSING        after LINGER_TIMEOUT
@@ -340,6 +364,8 @@ class ConnectionState(enum.Enum):
     REFUSED = enum.auto()
     #: closes once everything is sent; input is dropped
     CLOSING = enum.auto()
+    #: another protocol has the transport
+    UPGRADED = enum.auto()
 
 
 class HTTPConnection(http.HTTPChannel):
@@ -361,10 +387,16 @@ class HTTPConnection(http.HTTPChannel):
     #: whether the transport's send buffer is full: the backend does not read its responses
     _congested = False
 
-    def __init__(self, context: HTTPContext) -> None:
+    def __init__(self, context: HTTPContext, on_upgrade: Callable[[bytes], None] | None = None) -> None:
+        """``on_upgrade`` is called with the input from a request for a WebSocket on, and takes the transport over."""
         super().__init__()
         self.context = context
-        self.timeOut = IDLE_TIMEOUT
+        self._on_upgrade = on_upgrade
+        #: the lines of the head that is being received
+        self._head: list[bytes] = []
+        #: input that follows what is being parsed
+        self._unparsed = b""
+        self.timeOut = REQUEST_TIMEOUT
         self.callLater = context.reactor.callLater
         #: time of the last response, by the reactor's clock
         self.idle_since = context.reactor.seconds()
@@ -375,6 +407,10 @@ class HTTPConnection(http.HTTPChannel):
     def is_closing(self) -> bool:
         """Whether the connection is about to close."""
         return self._state in (ConnectionState.REFUSED, ConnectionState.CLOSING)
+
+    @property
+    def _drops_input(self) -> bool:
+        return self.is_closing or self._state is ConnectionState.UPGRADED
 
     @property
     def is_idle(self) -> bool:
@@ -424,21 +460,27 @@ class HTTPConnection(http.HTTPChannel):
 
     def dataReceived(self, data: bytes) -> None:
         """Parse input, or drop it while closing."""
-        if self.is_closing:
+        if self._drops_input:
             return
         if not self._request_in_progress:
-            self.resetTimeout()
+            self.setTimeout(REQUEST_TIMEOUT)
         # HTTPChannel.dataReceived would restart the timeout with each byte.
         for at in range(0, len(data), PARSE_SIZE):
+            self._unparsed = data[at + PARSE_SIZE :]
             LineReceiver.dataReceived(self, data[at : at + PARSE_SIZE])
+            if self._state is ConnectionState.UPGRADED:
+                break
+        self._unparsed = b""
 
     def lineReceived(self, line: bytes) -> None:
         """Parse a line of the head; not after a refusal, or the request would still be handled."""
-        if self.is_closing:
+        if self._drops_input:
             return
         if self.requests and line[:1] in (b" ", b"\t"):
             self.refuse(_FOLDED_HEADER)
             return
+        if line or self.requests:
+            self._head.append(line)
         super().lineReceived(line)
 
     def headerReceived(self, line: bytes) -> bool:
@@ -458,19 +500,31 @@ class HTTPConnection(http.HTTPChannel):
         """Set the request line on the request before its headers are checked, and refuse ambiguous framing."""
         request = self.requests[-1]
         request.method, request.uri, request.clientproto = self._command, self._path, self._version
-        if _has_valid_framing(request):
+        head, self._head = b"\r\n".join(self._head), []
+        if self._on_upgrade is not None and upgrade_path(head) in self.context.upgrade_paths:
+            self._upgrade(self._on_upgrade, head)
+        elif _has_valid_framing(request):
             super().allHeadersReceived()
         else:
             self.refuse(_AMBIGUOUS_LENGTH)
 
+    def _upgrade(self, on_upgrade: Callable[[bytes], None], head: bytes) -> None:
+        """Hand the transport over with everything from this request on. All earlier requests are answered."""
+        self._state = ConnectionState.UPGRADED
+        self.requests.clear()
+        self.setTimeout(None)
+        data, self._buffer = head + b"\r\n" + self._buffer + self._unparsed, b""
+        self.transport.unregisterProducer()
+        on_upgrade(data)
+
     def allContentReceived(self) -> None:
         """Handle a complete request; not after a refusal."""
-        if not self.is_closing:
+        if not self._drops_input:
             super().allContentReceived()
 
     def rawDataReceived(self, data: bytes) -> None:
         """Parse a piece of a body, or buffer pipelined requests."""
-        if not self.is_closing:
+        if not self._drops_input:
             with contextlib.suppress(_AbortedError):
                 super().rawDataReceived(data)
 
@@ -492,10 +546,12 @@ class HTTPConnection(http.HTTPChannel):
         # Set before HTTPChannel hands the pipelined requests back to the parser.
         self._resume_timer = self.callLater(0, self._resume)
         super().requestDone(request)
-        if self._buffer:
+        if self._buffer and not self._drops_input:
             self.transport.pauseProducing()
         else:
             self._cancel_resume_timer()
+            if not (self._drops_input or self._congested):
+                self.setTimeout(KEEP_ALIVE_TIMEOUT)
 
     def _resume(self) -> None:
         self._resume_timer = None
@@ -517,13 +573,16 @@ class HTTPConnection(http.HTTPChannel):
         """Stop reading and parsing while the backend does not read its responses."""
         super().pauseProducing()
         self._congested = True
+        if self.timeOut is not None:
+            self.setTimeout(REQUEST_TIMEOUT)
         self.transport.pauseProducing()
 
     def resumeProducing(self) -> None:
         """Read and parse again: the send buffer is empty."""
-        # Input was not read meanwhile: the timeout starts again.
-        self.resetTimeout()
         self._congested = False
+        if self.timeOut is not None and not self._drops_input:
+            # Input was not read meanwhile: the timeout starts again.
+            self.setTimeout(REQUEST_TIMEOUT if self._request_in_progress else KEEP_ALIVE_TIMEOUT)
         super().resumeProducing()
         if self._resume_timer is None:
             self._resume_parsing()
@@ -544,11 +603,11 @@ class HTTPConnection(http.HTTPChannel):
     # Closing.
 
     def loseConnection(self) -> None:
-        """Close once everything is sent; abort after ``IDLE_TIMEOUT`` if the backend does not read."""
+        """Close once everything is sent; abort after ``REQUEST_TIMEOUT`` if the backend does not read."""
         super().loseConnection()
         if not self.is_closing:
             self._state = ConnectionState.CLOSING
-            self._close_after(IDLE_TIMEOUT, self.transport.abortConnection)
+            self._close_after(REQUEST_TIMEOUT, self.transport.abortConnection)
 
     def _close(self) -> None:
         self._state = ConnectionState.CLOSING

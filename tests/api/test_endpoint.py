@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import socket
 import ssl
 import struct
@@ -20,13 +21,13 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
-from gateway.api.endpoint import CLOSE_TIMEOUT, HEAD_TIMEOUT, MAX_CONNECTIONS, MAX_EXCESS_CONNECTIONS, upgrade_path
-from gateway.api.http_server import LINGER_TIMEOUT
+from gateway.api.endpoint import CLOSE_TIMEOUT, HEAD_TIMEOUT, MAX_CONNECTIONS, MAX_EXCESS_CONNECTIONS
+from gateway.api.http_server import LINGER_TIMEOUT, upgrade_path
 from gateway.net.endpoints import listen, stop_listening
 from gateway.net.transport import plain_transport
 from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
-from tests.builders.endpoint import BackendWebSocket, EndpointHarness, peer_credentials
+from tests.builders.endpoint import BackendWebSocket, EndpointConnection, EndpointHarness, peer_credentials
 from tests.builders.http import UPGRADE, frame, frames, request
 from tests.fakes.api import authenticate_peer
 
@@ -76,10 +77,99 @@ class DetectionTests(TestCase):
             connection.send(bytes([byte]))
         self.assertIn(b"result", connection.transport.value())
 
+    def assert_upgraded(self, connection: EndpointConnection, statuses: list[int]) -> None:
+        """The responses to earlier requests come first, then those of the WebSocket."""
+        connection.clock.pump([0.0] * 3)
+        output = connection.transport.value()
+        *responses, rest = re.split(rb"(?=HTTP/1\.1 101 )", output)
+        self.assertEqual([int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", b"".join(responses))], statuses)
+        head, _, rest = rest.partition(b"\r\n\r\n")
+        self.assertTrue(head.startswith(b"HTTP/1.1 101 "), output)
+        self.assertEqual(frames(rest), [(1, b'{"jsonrpc":"2.0","id":1,"result":null}')])
+
     def test_upgrade_in_a_later_request(self):
+        endpoint = EndpointHarness()
+        connection = endpoint.connect()
+        for _ in range(2):
+            connection.send(request("GET", "/healthz"))
+        connection.send(request("GET", "/v1/backend", headers=UPGRADE))
+        connection.send(frame(SERVE))
+        self.assert_upgraded(connection, [200, 200])
+        # The timeout of an idle HTTP connection does not close it.
+        endpoint.clock.pump([10.0] * 20)
+        self.assertFalse(connection.transport.disconnecting or connection.transport.aborted)
+        self.assertEqual(endpoint.metrics.api_requests["101"], 1)
+        connection.disconnect()
+        self.assertEqual(endpoint.factory.connections, {})
+        self.assertEqual(endpoint.clock.getDelayedCalls(), [])
+
+    def test_upgrade_after_pipelined_requests(self):
+        endpoint = EndpointHarness()
+        connection = endpoint.connect()
+        connection.send(
+            request("POST", "/v1/clients/x/rpc", CALL)
+            + request("GET", "/healthz")
+            + request("GET", "/v1/backend", headers=UPGRADE)
+            + frame(SERVE)
+        )
+        self.assertEqual(connection.transport.value(), b"")
+        endpoint.dispatcher.pending[0].callback(Reply(b"1", None))
+        self.assert_upgraded(connection, [200, 200])
+
+    def test_upgrade_after_a_body_of_several_segments(self):
+        """What follows the head of the request is split anywhere, even within one segment of the parser."""
+        endpoint = EndpointHarness()
+        connection = endpoint.connect()
+        endpoint.dispatcher.results.append(Reply(b"1", None))
+        big = b'{"jsonrpc":"2.0","id":1,"method":"m","params":["' + b"x" * 9000 + b'"]}'
+        connection.send(request("POST", "/v1/clients/x/rpc", big))
+        ping = frame(
+            b'{"jsonrpc":"2.0","method":"client.notify","params":{"client":"x","method":"' + b"m" * 9000 + b'"}}'
+        )
+        connection.send(request("GET", "/v1/backend", headers=UPGRADE) + ping + frame(SERVE))
+        self.assert_upgraded(connection, [200])
+
+    @given(st.integers(1, 300), st.integers(1, 300))
+    @settings(max_examples=80, deadline=None)
+    def test_later_upgrade_split_anywhere(self, first, second):
         connection = EndpointHarness().connect()
-        connection.send(request("GET", "/healthz") + request("GET", "/v1/backend", headers=UPGRADE))
-        self.assertEqual([response.status for response in connection.responses()], [200, 426])
+        data = (b"\r\n" + request("GET", "/healthz") + request("GET", "/v1/backend", headers=UPGRADE) + frame(SERVE))[
+            2:
+        ]
+        for piece in (data[:first], data[first : first + second], data[first + second :]):
+            connection.send(piece)
+        self.assert_upgraded(connection, [200])
+
+    def test_later_upgrade_after_an_empty_line(self):
+        """Some clients end a body with one (RFC 9112, section 2.2)."""
+        connection = EndpointHarness().connect()
+        connection.send(request("GET", "/healthz"))
+        connection.send(b"\r\n" + request("GET", "/v1/backend", headers=UPGRADE) + frame(SERVE))
+        self.assert_upgraded(connection, [200])
+
+    def test_later_upgrade_that_is_refused(self):
+        endpoint = EndpointHarness(authenticate_backend=lambda token: None)
+        for number, path in enumerate(("/v1/backend", "/v1/backend?x=1")):
+            connection = endpoint.connect()
+            connection.send(request("GET", "/healthz") + request("GET", path, headers=UPGRADE))
+            self.assertEqual([response.status for response in connection.responses()], [200, 401], number)
+            self.assertTrue(connection.transport.disconnecting)
+
+    def test_later_upgrade_after_connection_close(self):
+        connection = EndpointHarness().connect()
+        closing = request("GET", "/healthz", headers=[("Connection", "close")])
+        connection.send(closing + request("GET", "/v1/backend", headers=UPGRADE))
+        self.assertEqual([response.status for response in connection.responses()], [200])
+        self.assertTrue(connection.transport.disconnecting)
+
+    def test_later_peer_connection(self):
+        endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
+        connection = endpoint.connect()
+        headers = [*UPGRADE, *peer_credentials()]
+        connection.send(request("GET", "/healthz"))
+        connection.send(request("GET", "/v1/backend", headers=headers))
+        self.assertIn(b"HTTP/1.1 101 ", connection.transport.value())
+        self.assertEqual(endpoint.factory.peer_factory.count(), 1)
 
     def test_silent_connection_is_aborted(self):
         endpoint = EndpointHarness()

@@ -8,7 +8,14 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.api.http_server import IDLE_TIMEOUT, LINGER_TIMEOUT, MAX_SMALL_CHUNKS, MIN_CHUNK_SIZE, PARSE_SIZE
+from gateway.api.http_server import (
+    KEEP_ALIVE_TIMEOUT,
+    LINGER_TIMEOUT,
+    MAX_SMALL_CHUNKS,
+    MIN_CHUNK_SIZE,
+    PARSE_SIZE,
+    REQUEST_TIMEOUT,
+)
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import CALL, CHUNKED, MAX_BODY_SIZE, NOTIFICATION, HTTPConnectionTestCase, chunked
 from tests.builders.endpoint import EndpointHarness
@@ -40,6 +47,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.connection.send(request("GET", "/healthz", headers=[("Connection", "close")]))
         (response,) = self.connection.responses()
         self.assertEqual(response.headers["connection"], "close")
+        self.assertNotIn("keep-alive", response.headers)
         self.assertTrue(self.connection.transport.disconnecting)
 
     def test_reading_pauses_behind_a_call(self):
@@ -315,8 +323,11 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
 class TimeoutTests(HTTPConnectionTestCase):
     def test_idle(self):
         self.connection.send(request("GET", "/healthz"))
-        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.assertEqual(self.connection.responses()[0].headers["keep-alive"], "timeout=150")
+        self.endpoint.clock.advance(KEEP_ALIVE_TIMEOUT - 1)
         self.assertFalse(self.connection.transport.disconnecting)
+        # Longer than any common proxy keeps a connection to a server.
+        self.assertGreater(KEEP_ALIVE_TIMEOUT, 120)
         self.endpoint.clock.advance(1)
         self.assertTrue(self.connection.transport.disconnecting)
         self.endpoint.clock.advance(LINGER_TIMEOUT)
@@ -324,7 +335,7 @@ class TimeoutTests(HTTPConnectionTestCase):
 
     def trickle(self, data):
         """Send a byte every 10 seconds until the request times out."""
-        for i in range(IDLE_TIMEOUT // 10):
+        for i in range(REQUEST_TIMEOUT // 10):
             self.assertEqual(self.connection.responses(), [])
             self.connection.send(data[i : i + 1])
             self.endpoint.clock.advance(10)
@@ -343,13 +354,13 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.connection.send(request("GET", "/healthz"))
         self.connection.responses()
         # The timeout starts with the first byte.
-        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.endpoint.clock.advance(KEEP_ALIVE_TIMEOUT - 1)
         self.trickle(b"GET /healthz HTTP/1.1\r\n")
         self.assert_refused(408, "slow")
 
     def test_endless_pipelined_request(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + b"GET /healthz HTTP/1.1\r\n")
-        self.endpoint.clock.advance(IDLE_TIMEOUT * 3)
+        self.endpoint.clock.advance(REQUEST_TIMEOUT * 3)
         self.dispatcher.pending[0].callback(Reply(b"1", None))
         self.assertEqual(self.statuses(), [200])
         self.trickle(b"X: " + b"y" * 900)
@@ -359,27 +370,35 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.dispatcher.results.append(Reply(b"1", None))
         data = request("POST", "/v1/clients/x/rpc", CALL)
         self.connection.send(data[:-1])
-        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.endpoint.clock.advance(REQUEST_TIMEOUT - 1)
         self.connection.send(data[-1:])
         self.assertEqual(self.statuses(), [200])
-        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.endpoint.clock.advance(KEEP_ALIVE_TIMEOUT - 1)
         self.assertFalse(self.connection.transport.disconnecting)
 
     def test_timeout_stops_while_reading_is_paused(self):
         self.connection.send(request("GET", "/healthz"))
         self.connection.transport.fill_buffer()
         self.connection.send(request("GET", "/healthz")[:-1])
-        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.endpoint.clock.advance(REQUEST_TIMEOUT - 1)
         self.connection.transport.drain_buffer()
-        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.endpoint.clock.advance(REQUEST_TIMEOUT - 1)
         self.connection.send(b"\n")
         self.assertEqual(self.statuses(), [200, 200])
 
     def test_no_timeout_during_a_call(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL))
-        self.endpoint.clock.advance(IDLE_TIMEOUT * 3)
+        self.endpoint.clock.advance(REQUEST_TIMEOUT * 3)
         self.dispatcher.pending[0].callback(Reply(b"1", None))
         self.assertEqual(self.statuses(), [200])
+
+    def test_idle_after_reading_late(self):
+        self.connection.send(request("GET", "/healthz"))
+        self.connection.transport.fill_buffer()
+        self.endpoint.clock.advance(REQUEST_TIMEOUT - 1)
+        self.connection.transport.drain_buffer()
+        self.endpoint.clock.advance(KEEP_ALIVE_TIMEOUT - 1)
+        self.assertFalse(self.connection.transport.disconnecting)
 
     def test_no_further_responses_while_the_backend_does_not_read(self):
         self.connection.send(request("GET", "/healthz"))
@@ -403,7 +422,7 @@ class TimeoutTests(HTTPConnectionTestCase):
     def test_backend_that_never_reads_is_aborted(self):
         self.connection.send(request("GET", "/healthz"))
         self.connection.transport.fill_buffer()
-        self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER_TIMEOUT])
+        self.endpoint.clock.pump([REQUEST_TIMEOUT, LINGER_TIMEOUT])
         self.assertTrue(self.connection.transport.aborted)
 
     def test_backend_that_never_reads_gets_no_408(self):
@@ -411,13 +430,13 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.connection.transport.fill_buffer()
         self.connection.responses()
         self.connection.send(request("GET", "/healthz"))
-        self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER_TIMEOUT])
+        self.endpoint.clock.pump([REQUEST_TIMEOUT, LINGER_TIMEOUT])
         self.assertTrue(self.connection.transport.aborted)
         self.assertEqual(self.connection.responses(), [])
 
     def test_connection_close_of_a_backend_that_never_reads(self):
         self.connection.send(request("GET", "/healthz", headers=[("Connection", "close")]))
-        self.endpoint.clock.advance(IDLE_TIMEOUT)
+        self.endpoint.clock.advance(REQUEST_TIMEOUT)
         self.assertTrue(self.connection.transport.aborted)
 
 
