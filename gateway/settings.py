@@ -270,7 +270,7 @@ class Settings:
         300.0, "SECONDS", "Maximum timeout of a call; a longer timeout is reduced to this.", positive_seconds()
     )
     ping_interval: float = option(
-        50.0,
+        40.0,
         "SECONDS",
         "Time of silence after which a client is pinged. Keep it below the idle timeout of a load balancer.",
         positive_seconds(),

@@ -23,8 +23,9 @@ from gateway.util.rate_limit import TokenBucket
 
 #: longest interval between two slices of a sweep, in seconds
 MAX_SWEEP_INTERVAL = 0.5
-#: longest time of a sweep over all connections, in seconds: a connection may outlive its token by as much
-MAX_ROUND_TIME = 2.0
+#: longest time of a sweep over all connections, in seconds: with the interval between slices, a ping is no more than
+#: 2 s late, and a connection outlives its token by no more
+MAX_ROUND_TIME = 1.5
 #: A slice that is this late, in seconds, means that the process was stopped: answers to its pings may wait unread.
 STALL_TIMEOUT = 2.0
 #: how often paused clients are checked for whether they keep their rate again, in seconds

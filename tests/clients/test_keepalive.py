@@ -93,7 +93,22 @@ class KeepAliveTest(SynchronousTestCase):
             self.node.advance(0.5)
             per_tick.append(sum(self.pings(client) for client in clients))
         self.assertEqual(sum(per_tick), 40)
-        self.assertEqual(max(per_tick), 10)
+        self.assertEqual(max(per_tick), 14)
+
+    def test_pings_are_at_most_two_seconds_late(self) -> None:
+        clients = {}
+        for number in range(60):
+            clients[number] = self.node.connect(f"c{number}")
+            clients[number].frames()
+            self.node.advance(0.25)
+        late = []
+        for tick in range(240):
+            self.node.advance(0.25)
+            for number in [number for number, client in clients.items() if self.pings(client)]:
+                del clients[number]
+                late.append(0.25 * (60 + tick + 1 - number) - 50)
+        self.assertEqual(len(late), 60)
+        self.assertTrue(min(late) >= 0 and max(late) <= 2, late)
 
     def test_one_timer(self) -> None:
         before = len(self.node.clock.getDelayedCalls())
@@ -221,6 +236,8 @@ class ParkedKeepAliveTest(SynchronousTestCase):
             per_tick.append(sum(read_available(client_end) == b"\x89\x00" for client_end in peers))
         self.assertEqual(sum(per_tick), 100)
         self.assertGreater(len([pinged for pinged in per_tick if pinged]), 1)
+        # At most 2 s late.
+        self.assertEqual(sum(per_tick[:5]), 100)
 
     def test_parked_and_awake(self) -> None:
         """Each is pinged once per interval."""
