@@ -254,7 +254,7 @@ class Components:
         }
         reassembly_budget = ReassemblyBudget(self._settings.max_message_size, self.metrics)
         self.client_factory = ClientFactory(
-            authenticator=self.authenticator, reassembly_budget=reassembly_budget, **common
+            authenticator=self.authenticator, reassembly_budget=reassembly_budget, is_ready=self._is_ready, **common
         )
         self.proxied_client_factory = self.client_factory.with_proxy_protocol()
         self.relayed_client_factory = RelayedClientFactory(

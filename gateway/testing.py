@@ -176,6 +176,10 @@ class Opening:
     headers: Mapping[str, str]
 
 
+#: the error words of refusals, by status
+_DEFAULT_WORDS = {400: "request", 401: "token", 403: "identity", 404: "path", 429: "replaced", 503: "draining"}
+
+
 @attrs.frozen
 class _Refusal:
     status: int
@@ -334,12 +338,14 @@ class MemoryGateway:
             connection.is_frozen = connection.is_frozen or connection.has_transport(transport)
 
     def refuse(
-        self, status: int, headers: Mapping[str, str] | None = None, *, word: str = "refused", times: int = 1
+        self, status: int, headers: Mapping[str, str] | None = None, *, word: str | None = None, times: int = 1
     ) -> None:
         """Answer the next ``times`` opening handshakes with an HTTP status.
 
-        ``word`` is the ``error`` of the response body.
+        ``word`` is the ``error`` of the response body; by default one that the gateway sends with that status. An agent
+        takes a refusal with any other word for that of a proxy, and never for final.
         """
+        word = _DEFAULT_WORDS.get(status, "refused") if word is None else word
         self._refusals += [_Refusal(status, headers or {}, word)] * times
 
     def _get_connection(self, client_id: str) -> _ServerConnection:
@@ -365,7 +371,7 @@ class MemoryGateway:
         token_client_id = self._tokens.get(token) if scheme == "Bearer" else None
         if token_client_id is None:
             return _Refusal(401, {"WWW-Authenticate": "Bearer"}, "token")
-        return token_client_id if client_id in ("", token_client_id) else _Refusal(403, {}, "client_id")
+        return token_client_id if client_id in ("", token_client_id) else _Refusal(403, {}, "identity")
 
     def _connection_opened(self, connection: _ServerConnection) -> None:
         older = self._connections.get(connection.client_id)

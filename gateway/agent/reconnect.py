@@ -5,7 +5,8 @@
     gateway.goaway, then closed with 1012   -> the goaway's url, after its delay
     gateway.goaway, still open by then      -> the goaway's url; calls in flight end on the old connection
     any failure at a url from the gateway   -> the configured url, after a random delay
-    closed with 4001, 403 …                 -> stop
+    closed with 4001, the gateway's 403 …   -> stop
+    403, 404 … of a proxy                   -> as 503: it says nothing about the gateway
 
 After a goaway the gateway closes the connection as soon as no calls are in flight on it. If that takes longer than the
 delay of the goaway, the agent connects anyway: the old connection is handed off to the gateway, responses are still
@@ -45,7 +46,13 @@ _PROTOCOL_ERROR_CODES = frozenset(
 
 
 _AUTH_STATUSES = frozenset({401, 403})
-_FINAL_STATUSES = frozenset({400, 404})
+#: the gateway's error words, by status, of refusals that the same request would get again
+_FINAL_WORDS = {
+    400: frozenset({"client_id", "header", "method", "request", "upgrade"}),
+    401: frozenset({"token"}),
+    403: frozenset({"identity", "origin"}),
+    404: frozenset({"path"}),
+}
 
 
 class Action(enum.Enum):
@@ -70,13 +77,17 @@ def action_after_close(event: CloseEvent, *, token_may_change: bool) -> Action:
     return Action.RETRY_AT_MAX_DELAY if event.code == CloseCode.DISCONNECTED else Action.RETRY
 
 
-def action_after_refusal(status: int, *, token_may_change: bool) -> Action:
-    """Return the action after a refused opening handshake at the configured url."""
+def action_after_refusal(status: int, word: str, *, token_may_change: bool) -> Action:
+    """Return the action after a refused opening handshake at the configured url.
+
+    ``word`` is the error word of the gateway. A refusal without one is that of a proxy, such as its 404 while the
+    gateway is being deployed: it is never final.
+    """
+    if word not in _FINAL_WORDS.get(status, ()):
+        return Action.RETRY
     if status in _AUTH_STATUSES:
         return Action.RETRY if token_may_change else Action.STOP
-    if status in _FINAL_STATUSES:
-        return Action.RETRY_AT_MAX_DELAY if token_may_change else Action.STOP
-    return Action.RETRY
+    return Action.RETRY_AT_MAX_DELAY if token_may_change else Action.STOP
 
 
 def make_backoff(initial: float, maximum: float, jitter: Callable[[], float]) -> Backoff:
@@ -265,7 +276,7 @@ class ReconnectPolicy:
         if isinstance(error, HandshakeRefusedError):
             min_delay = error.retry_after
             if target == self._configured:  # a refusal at a url from the gateway is never final
-                action = action_after_refusal(error.status, token_may_change=self._token_may_change)
+                action = action_after_refusal(error.status, error.word, token_may_change=self._token_may_change)
             if action is Action.STOP:
                 return Attempt(target, stop=Stopped(error.status, reason))
         return self._retry(reason, action, min_delay=min_delay)

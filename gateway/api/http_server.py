@@ -198,6 +198,12 @@ _AMBIGUOUS_LENGTH = error_response(
     "send a body either with one Content-Length, or with HTTP/1.1 and exactly one Transfer-Encoding, chunked "
     "(RFC 9112, section 6)",
 )
+_ENCODED_BODY = error_response(
+    415,
+    "encoding",
+    "the body has a Content-Encoding; send it as it is (RFC 9110, section 15.5.16)",
+    ("Accept-Encoding", "identity"),
+)
 _TINY_CHUNKS = error_response(
     400,
     "chunks",
@@ -280,6 +286,8 @@ class HTTPRequest(http.Request):
             self.grant = self.context.access_policy.check(self.method.decode("latin-1"), path, self.header_values)
         except RequestRefusedError as refusal:
             self._refusal = refusal_response(refusal)
+        if self._refusal is None and length != 0 and _is_encoded(self.header_values("Content-Encoding")):
+            self._refusal = _ENCODED_BODY
         self._chunked = length is None
         if length is not None and length > self.context.max_body_size:
             self._refuse(self._refusal or self.context.body_too_large(self))
@@ -621,6 +629,12 @@ class HTTPConnection(http.HTTPChannel):
     def _cancel_close_timer(self) -> None:
         if self._close_timer is not None and self._close_timer.active():
             self._close_timer.cancel()
+
+
+def _is_encoded(encodings: list[str]) -> bool:
+    """Whether a body with these Content-Encoding headers differs from its content (RFC 9110, section 8.4)."""
+    codings = [coding.strip().lower() for value in encodings for coding in value.split(",")]
+    return any(coding not in ("", "identity") for coding in codings)
 
 
 def _has_valid_framing(request: HTTPRequest) -> bool:

@@ -108,11 +108,16 @@ def nodes_response(results: dict[str, int], failed: dict[str, str]) -> Response:
 
 
 def standard_headers(response: Response, wall_time: float) -> list[tuple[str, str]]:
-    """Return the headers that every response has, beside its own: server, date and length.
+    """Return the headers that every response has, beside its own: server, date, caching and length.
 
     ``wall_time`` is in seconds since 1970.
     """
-    headers = [("Server", SERVER_NAME), ("Date", http.datetimeToString(wall_time).decode("ascii"))]
+    headers = [
+        ("Server", SERVER_NAME),
+        ("Date", http.datetimeToString(wall_time).decode("ascii")),
+        # A cache between would serve the state of a node that has changed (RFC 9111, section 5.2.2.5).
+        ("Cache-Control", "no-store"),
+    ]
     if response.status not in http.NO_BODY_CODES:
         headers.append(("Content-Length", str(len(response.body))))
     if response.body:

@@ -48,6 +48,7 @@ from gateway.auth.errors import (
 )
 from gateway.auth.interface import Credentials, IAuthenticator, Identity, is_client_id, no_certificate
 from gateway.auth.origin import AllowedOrigins
+from gateway.clients.health_check import health_response, may_be_health_check
 from gateway.clients.interface import ConnectRequest, IConnection, Session, UnparkedSession
 from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
@@ -130,9 +131,17 @@ class ClientProtocol(ServerProtocol):
     """WebSocket connection of one client."""
 
     path = "/v1/connect"
+    factory: Any
     _session: Session | None = None
     #: the relay to the node that serves the client, if it is not this one
     _relay: Any = None
+
+    def may_respond(self, data: bytes) -> bool:
+        return may_be_health_check(data)
+
+    def respond(self, head: bytes) -> bytes | None:
+        """Respond to health checks."""
+        return health_response(head, self.factory.is_ready)
 
     def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
         """Authenticate the client and claim it."""
@@ -220,8 +229,10 @@ class ClientFactory(ServerFactory):
         reactor: Any,
         cork: Cork | None = None,
         reassembly_budget: ReassemblyBudget | None = None,
+        is_ready: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Raises :class:`~gateway.settings.ConfigError` for an invalid origin pattern."""
+        """``is_ready`` returns whether the node takes clients, for health checks. Raises
+        :class:`~gateway.settings.ConfigError` for an invalid origin pattern."""
         super().__init__(
             ClientProtocol,
             metrics=metrics,
@@ -235,6 +246,7 @@ class ClientFactory(ServerFactory):
             reassembly_budget=reassembly_budget,
         )
         self.sessions = sessions
+        self.is_ready = is_ready
         self._reactor = reactor
         self._authenticator = authenticator
         self._origins = AllowedOrigins(settings.origin)
@@ -329,6 +341,12 @@ class RelayedClientProtocol(ClientProtocol):
     """WebSocket connection of one client, relayed by another node."""
 
     path = "/v1/relay"
+
+    def may_respond(self, data: bytes) -> bool:
+        return False
+
+    def respond(self, head: bytes) -> None:
+        """Refuse any other request."""
 
     def authenticate(self, request: HandshakeRequest) -> Identity:
         """Return the identity that the other node has signed. Raises ``RequestRefusedError``."""

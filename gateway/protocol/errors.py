@@ -11,8 +11,6 @@ guarantees that the other side did not get the call, ``True`` means that it may 
 from __future__ import annotations
 
 import enum
-import http
-import json
 from collections.abc import Sequence
 
 import attrs
@@ -35,18 +33,6 @@ class RequestRefusedError(Exception):
             if not (name + value).isascii() or not (name + value).isprintable():
                 raise ValueError(f"the header {name!r}: {value!r} cannot be sent")
         super().__init__(f"{status} {reason}: {message}")
-
-    def response(self) -> bytes:
-        """Return the whole HTTP response."""
-        body = json.dumps({"error": self.reason, "message": self.message}, separators=(",", ":")).encode("ascii")
-        lines = [
-            f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}",
-            "Content-Type: application/json",
-            f"Content-Length: {len(body)}",
-            "Connection: close",
-            *(f"{name}: {value}" for name, value in self.headers),
-        ]
-        return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body
 
 
 class InvalidResponseError(Exception):

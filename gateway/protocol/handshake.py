@@ -21,8 +21,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import re
+from collections.abc import Iterable
+from http import HTTPStatus
 
 import attrs
 import msgspec
@@ -65,6 +68,28 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 def retry_after_header(seconds: float) -> tuple[str, str]:
     """Return a Retry-After header, in whole seconds, at least 1."""
     return "Retry-After", str(max(1, math.ceil(seconds)))
+
+
+def encode_response(status: int, body: bytes, headers: Iterable[tuple[str, str]] = ()) -> bytes:
+    """Return a whole HTTP response with a JSON body, after which the connection is closed.
+
+    No cache may keep it (RFC 9111, section 5.2.2.5).
+    """
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Cache-Control: no-store",
+        "Connection: close",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
+    return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body
+
+
+def encode_refusal(refusal: RequestRefusedError) -> bytes:
+    """Return the whole HTTP response to a request that is refused."""
+    body = json.dumps({"error": refusal.reason, "message": refusal.message}, separators=(",", ":")).encode("ascii")
+    return encode_response(refusal.status, body, refusal.headers)
 
 
 def safe_repr(text: str) -> str:

@@ -14,6 +14,7 @@ import msgspec
 
 _REDIRECT_STATUSES = frozenset({301, 302, 307, 308})
 _RETRY_AFTER_STATUSES = frozenset({429, 503})
+_ERROR_WORD = re.compile(r"[a-z_]{1,32}")
 _DELAY_SECONDS = re.compile(r"[0-9]{1,9}")
 #: seconds that a gateway can ask to wait, at most
 MAX_DELAY = 3600.0
@@ -28,7 +29,8 @@ class HandshakeError(Exception):
 
 
 class HandshakeRefusedError(Exception):
-    """The gateway answered the opening handshake with a status other than 101 (RFC 6455, section 4.1).
+    """The opening handshake was answered with a status other than 101 (RFC 6455, section 4.1), by the gateway or by a
+    proxy in front of it.
 
     Names in ``headers`` are in lower case. The text has the error word and message of a JSON body, cut and escaped.
     """
@@ -40,8 +42,11 @@ class HandshakeRefusedError(Exception):
             refusal = msgspec.json.decode(body, type=_RefusalBody)
         except (msgspec.DecodeError, RecursionError):
             refusal = _RefusalBody()
+        #: the error word of the body; empty if that is not the gateway's JSON
+        self.word = refusal.error if _ERROR_WORD.fullmatch(refusal.error) else ""
         detail = ": ".join(ascii(text[:200])[1:-1] for text in (refusal.error, refusal.message) if text)
-        super().__init__(f"the gateway answered {status}" + (f" ({detail})" if detail else ""))
+        what = f"the gateway answered {status}" if self.word else f"the response is {status}, and not the gateway's"
+        super().__init__(what + (f" ({detail})" if detail else ""))
 
     @property
     def location(self) -> str | None:
@@ -62,6 +67,6 @@ def parse_delay(value: object) -> float:
     return float(min(max(value, 0), MAX_DELAY))
 
 
-class _RefusalBody(msgspec.Struct):
+class _RefusalBody(msgspec.Struct, forbid_unknown_fields=True):
     error: str = ""
     message: str = ""

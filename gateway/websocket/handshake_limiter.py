@@ -17,6 +17,12 @@ MIN_PER_NETWORK = 64
 #: refusals sent per second to one network, and to all together while too many handshakes are in progress. Connections
 #: beyond are dropped without a response, since sending one takes as long as accepting the client.
 MAX_REFUSALS_PER_SECOND = 50.0
+#: handshakes beyond the limits that are refused only when their requests are known: they may be health checks
+MAX_POSTPONED_REFUSALS = 16
+#: connections per second of an address that has sent health checks that are not dropped
+HEALTH_CHECKS_PER_SECOND = 10.0
+#: addresses whose health checks are remembered
+MAX_HEALTH_CHECKERS = 64
 
 
 class HandshakeLimiter:
@@ -32,6 +38,10 @@ class HandshakeLimiter:
         self._rate_limiter = KeyedRateLimiter(per_address, clock)
         self._per_network: dict[str, int] = {}
         self._refusal_limiter = KeyedRateLimiter(MAX_REFUSALS_PER_SECOND, clock)
+        #: the functions that refuse the handshakes in question, the oldest first
+        self._postponed: dict[Callable[[], None], None] = {}
+        self._health_checkers: dict[str, None] = {}
+        self._health_limiter = KeyedRateLimiter(HEALTH_CHECKS_PER_SECOND, clock)
 
     def should_drop(self, host: str) -> bool:
         """Return whether to drop a new connection of that address without a response.
@@ -45,7 +55,30 @@ class HandshakeLimiter:
                 return False
             if self._per_network.get(network, 0) < self._max_per_network and not self._rate_limiter.is_limited(network):
                 return False
+        if network_key(host) in self._health_checkers and not self._health_limiter.acquire(network_key(host)):
+            return False
         return self._refusal_limiter.acquire(network) > 0
+
+    def health_checked(self, host: str) -> None:
+        """Take note that an address has sent a health check: it gets places for more when all others are dropped."""
+        network = network_key(host)
+        self._health_checkers.pop(network, None)
+        self._health_checkers[network] = None
+        if len(self._health_checkers) > MAX_HEALTH_CHECKERS:
+            del self._health_checkers[next(iter(self._health_checkers))]
+
+    def postpone(self, refuse: Callable[[], None]) -> None:
+        """Keep a place for a handshake that will be refused unless it turns out to be a health check. The oldest is
+        refused if there are too many."""
+        self._postponed[refuse] = None
+        if len(self._postponed) > MAX_POSTPONED_REFUSALS:
+            oldest = next(iter(self._postponed))
+            del self._postponed[oldest]
+            oldest()
+
+    def discard_postponed(self, refuse: Callable[[], None]) -> None:
+        """Forget a handshake that was refused, answered or lost."""
+        self._postponed.pop(refuse, None)
 
     def started(self) -> HandshakeTicket:
         """Count an accepted connection, until its ticket is finished.

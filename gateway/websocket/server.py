@@ -26,7 +26,13 @@ from gateway.metrics import Metrics
 from gateway.net.transport import release_to_reactor
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.frames import CloseCode
-from gateway.protocol.handshake import HandshakeRequest, find_request_head, parse_request, retry_after_header
+from gateway.protocol.handshake import (
+    HandshakeRequest,
+    encode_refusal,
+    find_request_head,
+    parse_request,
+    retry_after_header,
+)
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.timers import Timer, TimerWheel
@@ -64,6 +70,8 @@ class ServerProtocol(ServerConnection):
     #: bytes of ``data`` already searched for the end of the head
     _scanned = 0
     _handshake_ticket: HandshakeTicket | None = None
+    #: why the request is refused, unless it is no opening handshake
+    _postponed_refusal: RequestRefusedError | None = None
     #: more headers of the response to a request that was admitted; set by ``admit``
     response_headers: Mapping[str, str] = MappingProxyType({})
     openHandshakeTimeoutCall: Timer | None = None
@@ -77,6 +85,14 @@ class ServerProtocol(ServerConnection):
         :meth:`admission_abandoned` is called.
         """
         return succeed(None)
+
+    def may_respond(self, data: bytes) -> bool:
+        """Return whether :meth:`respond` may have a response to a request that begins with these bytes."""
+        return False
+
+    def respond(self, head: bytes) -> bytes | None:
+        """Return the whole response to a request that is no opening handshake, or ``None`` to refuse it."""
+        return None
 
     def admission_abandoned(self) -> None:
         """Undo an admission that was granted: the connection could not be opened."""
@@ -100,7 +116,18 @@ class ServerProtocol(ServerConnection):
                     # The TLS handshake precedes the first bytes, and costs the most.
                     ticket.charged()
         except RequestRefusedError as refusal:
+            self._over_limit(refusal)
+
+    def _over_limit(self, refusal: RequestRefusedError) -> None:
+        if not self.may_respond(self.data):
             self.refuse(refusal)
+            return
+        self._postponed_refusal = refusal
+        self.factory.handshake_limiter.postpone(self._refuse_postponed)
+
+    def _refuse_postponed(self) -> None:
+        if self._postponed_refusal is not None:
+            self.refuse(self._postponed_refusal)
 
     def _identify_address(self, ticket: HandshakeTicket) -> None:
         peer = self.transport.getPeer()
@@ -109,11 +136,17 @@ class ServerProtocol(ServerConnection):
 
     def _first_data_received(self) -> None:
         ticket = self._handshake_ticket
-        assert ticket is not None, "the connection is in handshake"
-        if self.factory.behind_proxy:
-            self._identify_address(ticket)
-        # Before the head is parsed, to limit guessing of tokens and clients that send a head slowly, too.
-        ticket.charged()
+        if ticket is None:
+            # There are too many handshakes in progress.
+            return
+        try:
+            if self.factory.behind_proxy:
+                self._identify_address(ticket)
+            # Before the head is parsed, to limit guessing of tokens and clients that send a head slowly, too.
+            ticket.charged()
+        except RequestRefusedError as refusal:
+            if self._postponed_refusal is None:
+                self._over_limit(refusal)
 
     def dataReceived(self, data: bytes) -> None:
         self.last_received_at = self.factory.clock()
@@ -128,11 +161,22 @@ class ServerProtocol(ServerConnection):
         try:
             if not self.data:
                 self._first_data_received()
+                if self.state != self.STATE_CONNECTING:
+                    return
             self.data += data
+            if self._postponed_refusal is not None and not self.may_respond(self.data):
+                raise self._postponed_refusal
             end = find_request_head(self.data, self._scanned)
             self._scanned = len(self.data)
             if not end:
                 return
+            response = self.respond(self.data[:end])
+            if response is not None:
+                self.factory.handshake_limiter.health_checked(getattr(self.transport.getPeer(), "host", ""))
+                self._respond(response)
+                return
+            if self._postponed_refusal is not None:
+                raise self._postponed_refusal
             self._request = parse_request(self.data[:end], self.path)
         except RequestRefusedError as refusal:
             self.refuse(refusal)
@@ -186,8 +230,11 @@ class ServerProtocol(ServerConnection):
         if self.state != self.STATE_CONNECTING:
             return
         self.factory.metrics.refused[refusal.reason] += 1
+        self._respond(encode_refusal(refusal))
+
+    def _respond(self, response: bytes) -> None:
         self._phase = ConnectionPhase.REFUSED
-        self.transport.write(refusal.response())
+        self.transport.write(response)
         self.dropConnection(abort=False)
         self._finish_handshake()
         # What the client still sends must be read, or the response may not reach it.
@@ -197,6 +244,9 @@ class ServerProtocol(ServerConnection):
         ticket, self._handshake_ticket = self._handshake_ticket, None
         if ticket is not None:
             ticket.finished()
+        if self._postponed_refusal is not None:
+            self._postponed_refusal = None
+            self.factory.handshake_limiter.discard_postponed(self._refuse_postponed)
         timer, self.openHandshakeTimeoutCall = self.openHandshakeTimeoutCall, None
         if timer is not None:
             timer.cancel()
@@ -227,6 +277,9 @@ class ServerProtocol(ServerConnection):
                     503, "timeout", "the connection could not be admitted in time", [retry_after_header(1)]
                 )
             )
+            return
+        if self._postponed_refusal is not None:
+            self.refuse(self._postponed_refusal)
             return
         self.factory.metrics.refused["timeout"] += 1
         self.dropConnection(abort=True)

@@ -219,7 +219,7 @@ class TokenTests(AgentTestCase):
         self.assertNotIn("T1", self.gateway.openings[0].url)
 
     def test_invalid_static_token(self) -> None:
-        for token, status, word in [("X", 401, "(token: "), (None, 401, "(token: "), ("T3", 403, "(client_id: ")]:
+        for token, status, word in [("X", 401, "(token: "), (None, 401, "(token: "), ("T3", 403, "(identity: ")]:
             agent = self.start_agent(token=token)
             self.assert_stopped(agent, status, f"the gateway answered {status} {word}")
 

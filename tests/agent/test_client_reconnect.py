@@ -115,9 +115,17 @@ class ReconnectTests(AgentTestCase):
 
     def test_final_refusals(self) -> None:
         for status in (400, 401, 403, 404):
-            self.gateway.refuse(status, word="because")
+            self.gateway.refuse(status)
             agent = self.start_agent()
-            self.assert_stopped(agent, status, f"the gateway answered {status} (because: refused by the test)")
+            self.assert_stopped(agent, status, f"the gateway answered {status} (")
+
+    def test_refusals_of_a_proxy_reconnect(self) -> None:
+        for status in (400, 401, 403, 404):
+            self.setUp()
+            self.gateway.refuse(status, word="Not Found")
+            agent = self.start_agent()
+            self.assert_next_attempt_after(0.5)
+            self.assertTrue(agent.connected)
 
     def test_other_refusals_reconnect(self) -> None:
         self.gateway.refuse(502)

@@ -33,6 +33,10 @@ def reconnect_policy(*, token_may_change: bool = False) -> ReconnectPolicy:
     return ReconnectPolicy(CONFIGURED, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=token_may_change)
 
 
+FINAL_WORDS = {400: "client_id", 401: "token", 403: "origin", 404: "path"}
+FINAL_REFUSALS = {status: b'{"error":"%b","message":"no"}' % word.encode() for status, word in FINAL_WORDS.items()}
+
+
 class FailureTests(SynchronousTestCase):
     def test_delays_grow_until_reset(self) -> None:
         policy = reconnect_policy()
@@ -49,18 +53,35 @@ class FailureTests(SynchronousTestCase):
         self.assertTrue(attempt.reason.endswith("x: not open within 30 s"))
 
     def test_final_refusals(self) -> None:
-        for status in [400, 401, 403, 404]:
-            attempt = reconnect_policy().after_failure(CONFIGURED, HandshakeRefusedError(status, {}, b""))
+        for status, body in FINAL_REFUSALS.items():
+            attempt = reconnect_policy().after_failure(CONFIGURED, HandshakeRefusedError(status, {}, body))
             self.assertIsNotNone(attempt.stop)
             assert attempt.stop is not None
             self.assertEqual(attempt.stop.code, status)
             self.assertIn(f"the gateway answered {status}", attempt.stop.reason)
 
+    def test_refusals_of_a_proxy(self) -> None:
+        """They say nothing about the gateway: a deployment, or a default backend."""
+        for status in [400, 401, 403, 404]:
+            for body in (
+                b"",
+                b"<html><h1>404 Not Found</h1></html>",
+                b"not json {",
+                b'{"message":"no Route matched with those values"}',
+                b'{"error":"Not Found","message":"no"}',
+                b'{"error":"token","message":"expired","status":401}',
+                b'{"error":"draining","message":"soon gone"}',
+                b'["token"]',
+            ):
+                attempt = reconnect_policy().after_failure(CONFIGURED, HandshakeRefusedError(status, {}, body))
+                self.assertIsNone(attempt.stop, body)
+                self.assertEqual(attempt.delay, 1.0)
+
     def test_refusals_if_token_may_change(self) -> None:
         delays = {}
-        for status in [400, 401, 403, 404]:
+        for status, body in FINAL_REFUSALS.items():
             attempt = reconnect_policy(token_may_change=True).after_failure(
-                CONFIGURED, HandshakeRefusedError(status, {}, b"")
+                CONFIGURED, HandshakeRefusedError(status, {}, body)
             )
             self.assertIsNone(attempt.stop)
             delays[status] = attempt.delay
@@ -241,10 +262,11 @@ class ActionAfterCloseTests(SynchronousTestCase):
 
 class HandshakeRefusedErrorTests(SynchronousTestCase):
     def test_statuses(self) -> None:
-        for status in [400, 401, 403, 404]:
-            self.assertIs(action_after_refusal(status, token_may_change=False), Action.STOP)
+        for status, word in FINAL_WORDS.items():
+            self.assertIs(action_after_refusal(status, word, token_may_change=False), Action.STOP)
+            self.assertIs(action_after_refusal(status, "", token_may_change=False), Action.RETRY)
         for status in [200, 307, 429, 500, 502, 503]:
-            self.assertIs(action_after_refusal(status, token_may_change=False), Action.RETRY)
+            self.assertIs(action_after_refusal(status, "internal", token_may_change=False), Action.RETRY)
 
     def test_statuses_if_token_may_change(self) -> None:
         for status, then in {
@@ -253,13 +275,13 @@ class HandshakeRefusedErrorTests(SynchronousTestCase):
             403: Action.RETRY,
             404: Action.RETRY_AT_MAX_DELAY,
         }.items():
-            self.assertIs(action_after_refusal(status, token_may_change=True), then)
+            self.assertIs(action_after_refusal(status, FINAL_WORDS[status], token_may_change=True), then)
 
     def test_text(self) -> None:
         body = b'{"error":"token","message":"expired"}'
         self.assertEqual(str(HandshakeRefusedError(401, {}, body)), "the gateway answered 401 (token: expired)")
-        self.assertEqual(str(HandshakeRefusedError(502, {}, b"<html>")), "the gateway answered 502")
-        self.assertEqual(str(HandshakeRefusedError(502, {}, b"[" * 4000)), "the gateway answered 502")
+        self.assertEqual(str(HandshakeRefusedError(502, {}, b"<html>")), "the response is 502, and not the gateway's")
+        self.assertEqual(str(HandshakeRefusedError(502, {}, b"[" * 4000)), "the response is 502, and not the gateway's")
 
     def test_text_is_escaped_and_short(self) -> None:
         text = str(HandshakeRefusedError(401, {}, b'{"error":"a\\nb\\u009b","message":"' + b"x" * 3000 + b'"}'))

@@ -222,7 +222,7 @@ class BadInputTests(BackendTestCase):
 
 class KeepAliveTests(BackendTestCase):
     def test_silent_backend_is_pinged_then_dropped(self):
-        self.endpoint.clock.pump([1] * 49)
+        self.endpoint.clock.pump([1] * 39)
         self.assertEqual(self.backend.frames(), [])
         self.endpoint.clock.pump([1] * 2)
         self.assertEqual(self.backend.frames(), [(9, b"")])
@@ -234,7 +234,7 @@ class KeepAliveTests(BackendTestCase):
 
     def test_any_frame_is_a_sign_of_life(self):
         for _ in range(3):
-            self.endpoint.clock.pump([1] * 51)
+            self.endpoint.clock.pump([1] * 41)
             self.assertEqual(self.backend.frames(), [(9, b"")])
             self.backend.send(frame(b"", opcode=10))
         self.assertFalse(self.backend.transport.aborted)
@@ -251,12 +251,12 @@ class KeepAliveTests(BackendTestCase):
 
     def test_pause_of_this_process_after_a_ping(self):
         """Input of the pause is read only after the timers have run."""
-        self.endpoint.clock.pump([1] * 50)
+        self.endpoint.clock.pump([1] * 40)
         self.assertEqual(self.backend.frames(), [(9, b"")])
         self.endpoint.clock.advance(1000)
         self.assertFalse(self.backend.transport.aborted)
         self.backend.send(frame(b"", opcode=10))
-        self.endpoint.clock.pump([1] * 40)
+        self.endpoint.clock.pump([1] * 35)
         self.assertEqual(self.backend.frames(), [])
         self.assertFalse(self.backend.transport.aborted)
 

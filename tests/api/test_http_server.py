@@ -320,6 +320,34 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.assertEqual(endpoint.clock.getDelayedCalls(), [])
 
 
+class EncodingTests(HTTPConnectionTestCase):
+    """RFC 9110, section 8.4"""
+
+    def test_encoded_body(self):
+        for value in ("gzip", "br, identity", "identity, GZIP", "x"):
+            self.setUp()
+            self.connection.send(request("POST", "/v1/clients/x/rpc", CALL, [("Content-Encoding", value)]))
+            (response,) = self.connection.responses()
+            self.assertEqual((response.status, response.json["error"]), (415, "encoding"))
+            self.assertEqual(response.headers["accept-encoding"], "identity")
+
+    def test_plain_body(self):
+        for value in ("identity", "", "IDENTITY , identity"):
+            self.setUp()
+            self.dispatcher.results.append(Reply(b"1", None))
+            self.connection.send(request("POST", "/v1/clients/x/rpc", CALL, [("Content-Encoding", value)]))
+            self.assertEqual(self.statuses(), [200])
+
+    def test_no_body(self):
+        self.connection.send(request("GET", "/healthz", headers=[("Content-Encoding", "gzip")]))
+        self.assertEqual(self.statuses(), [200])
+
+    def test_no_response_is_cached(self):
+        for method, target in (("GET", "/readyz"), ("GET", "/nothing"), ("DELETE", "/healthz")):
+            self.connection.send(request(method, target))
+            self.assertEqual(self.connection.responses()[0].headers["cache-control"], "no-store")
+
+
 class TimeoutTests(HTTPConnectionTestCase):
     def test_idle(self):
         self.connection.send(request("GET", "/healthz"))

@@ -19,6 +19,7 @@ from gateway.api.responses import (
 )
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RequestRefusedError, RpcError
+from gateway.protocol.handshake import encode_refusal
 from gateway.rpc.pending import Reply
 from tests.builders.endpoint import rpc_error
 
@@ -37,7 +38,7 @@ class ResponseTests(SynchronousTestCase):
         refusal = RequestRefusedError(401, "token", "it is unknown", [("WWW-Authenticate", "Bearer")])
         response = refusal_response(refusal)
         self.assertEqual((response.status, response.headers), (401, (("WWW-Authenticate", "Bearer"),)))
-        self.assertEqual(response.body, refusal.response().partition(b"\r\n\r\n")[2])
+        self.assertEqual(response.body, encode_refusal(refusal).partition(b"\r\n\r\n")[2])
 
     def test_each_error_has_the_status_of_its_code(self):
         for kind in ErrorKind:

@@ -18,6 +18,7 @@ from gateway.auth.interface import is_client_id
 from gateway.clients.endpoint import MAX_ADDRESS, RelayedClientFactory, parse_client_id, parse_relay_query
 from gateway.net.proxy_protocol import ProxyProtocolFactory
 from gateway.protocol.errors import RequestRefusedError
+from gateway.websocket.handshake_limiter import MAX_POSTPONED_REFUSALS
 from tests.builders.frames import build_request, text_frame
 from tests.builders.sockets import read_available
 from tests.fakes.clients import FakeClient, FakeNode, FakeTransport
@@ -266,6 +267,7 @@ class LimitTest(EndpointTestCase):
             if name:
                 client.send(build_request(f"/v1/connect?client_id={name}"))
                 client.expect_open()
+        client.send(b"GET /v1")
         self.assertEqual(client.refusal()[:2], (429, "rate"))
 
     def test_guessing_tokens_is_limited(self) -> None:
@@ -275,12 +277,14 @@ class LimitTest(EndpointTestCase):
         self.assert_refused(node, 429, "rate", "/v1/connect", Authorization="Bearer secret")
 
     def test_a_slow_head_counts(self) -> None:
-        """The first bytes count, whatever they are, and a refusal is sent at once."""
+        """The first bytes count, whatever they are. A refusal is sent as soon as they cannot be a health check."""
         node = FakeNode(openings_per_address=3)
         for data in (b"G", b"\x16\x03\x01", build_request()):
             node.dial().send(data)
         client = node.dial()
         client.send(b"G")
+        self.assertEqual(client.transport.pop_written(), b"")
+        client.send(b"X")
         self.assertEqual(client.refusal()[:2], (429, "rate"))
         client.send(build_request())
         self.assertEqual(client.transport.pop_written(), b"")
@@ -294,7 +298,9 @@ class LimitTest(EndpointTestCase):
     def test_silent_connections_of_one_address(self) -> None:
         node = FakeNode(max_openings=200, openings_per_address=20)
         silent = [node.dial() for _ in range(100)]
-        status, word, headers = node.dial().refusal()
+        client = node.dial()
+        client.send(build_request())
+        status, word, headers = client.refusal()
         self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
         self.assertEqual(node.factory.handshake_limiter.in_progress, 100)
         other = node.dial("192.0.2.2")
@@ -324,9 +330,42 @@ class LimitTest(EndpointTestCase):
         node.registry.grants_at_once = False
         node.connect("a")
         node.dial()
-        self.assertEqual(node.dial().refusal()[:2], (503, "openings"))
+        client = node.dial()
+        client.send(build_request())
+        self.assertEqual(client.refusal()[:2], (503, "openings"))
         node.registry.grant()
         self.assertEqual(node.dial().transport.pop_written(), b"")
+
+    def test_refusals_that_are_postponed(self) -> None:
+        """Connections beyond the limits get a few places, for health checks, and the oldest are refused first."""
+        node = FakeNode(max_openings=2)
+        silent = [node.dial() for _ in range(2)]
+        excess = [node.dial() for _ in range(MAX_POSTPONED_REFUSALS)]
+        self.assertEqual(b"".join(client.transport.pop_written() for client in excess), b"")
+        newest = node.dial()
+        self.assertEqual(excess[0].refusal()[:2], (503, "openings"))
+        newest.send(build_request("/readyz"))
+        self.assertIn(b'{"ready":true}', newest.transport.pop_written())
+        excess[1].lose()
+        node.advance(5.25)
+        self.assertEqual({client.refusal()[:2] for client in excess[2:]}, {(503, "openings")})
+        self.assertTrue(all(client.transport.aborted for client in silent))
+        self.assertEqual(node.factory.handshake_limiter._postponed, {})
+
+    def test_health_checks_are_not_dropped(self) -> None:
+        node = FakeNode(openings_per_address=1)
+        checker = FakeTransport("192.0.2.9")
+        node.dial("192.0.2.9").send(b"GET /healthz HTTP/1.1\r\n\r\n")
+        for host in ("192.0.2.1", "192.0.2.9"):
+            self.assertIsNotNone(node.factory.buildProtocol(FakeTransport(host).getPeer()))
+            node.dial(host).send(build_request())
+            while node.factory.handshake_limiter._refusal_limiter.acquire(host) == 0:
+                pass
+        self.assertIsNone(node.factory.buildProtocol(FakeTransport().getPeer()))
+        self.assertIsNotNone(node.factory.buildProtocol(checker.getPeer()))
+        # At a rate that does no harm.
+        protocols = [node.factory.buildProtocol(checker.getPeer()) for _ in range(20)]
+        self.assertIn(None, protocols)
 
     def test_node_is_not_ready(self) -> None:
         for word in ("starting", "draining", "registry"):
@@ -387,7 +426,7 @@ class ProxyTest(SynchronousTestCase):
         for _ in range(100):
             self.dial("192.0.2.7").send(b"G")
         client = self.dial("192.0.2.7")
-        client.send(b"G")
+        client.send(b"GET /v1")
         self.assertEqual(client.refusal()[:2], (429, "rate"))
         self.dial("192.0.2.8").send(build_request())
         self.assertEqual(self.node.sessions.count(), 1)
@@ -404,8 +443,9 @@ class ProxyTest(SynchronousTestCase):
             self.dial()
         for number in range(100):
             self.node.dial(f"192.0.2.{number}")
-        self.assertEqual(self.node.dial("192.0.2.100").refusal()[:2], (503, "openings"))
-        self.assertEqual(self.dial().refusal()[:2], (503, "openings"))
+        for client in (self.node.dial("192.0.2.100"), self.dial("192.0.2.101")):
+            client.send(build_request())
+            self.assertEqual(client.refusal()[:2], (503, "openings"))
 
 
 GOOD = "client_id=a%2Fb&address=192.0.2.7%3A4711&until=0"

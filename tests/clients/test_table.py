@@ -199,6 +199,8 @@ class ParkTest(SessionTableTestCase):
         del self.table.awake["b"]
 
     def test_epoll_is_full(self) -> None:
+        # It would be pinged, and dropped, meanwhile.
+        self.node.sessions._keepalive.stop()
         """fs.epoll.max_user_watches: such a session stays awake, and nothing is lost."""
         client = self.table.awake["a"]
         parking: Any = self.node.parked

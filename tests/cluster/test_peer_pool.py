@@ -408,7 +408,7 @@ class PeerConnectorTests(SynchronousTestCase):
             (HandshakeError("lost"), "lost"),
             (RuntimeError(""), "RuntimeError"),
             (RuntimeError("a\nb"), "a b"),
-            (HandshakeRefusedError(503, {}, b""), "the gateway answered 503"),
+            (HandshakeRefusedError(503, {}, b""), "the response is 503, and not the gateway's"),
         ):
             self.assertEqual(describe_failure(Failure(error)), text)
 

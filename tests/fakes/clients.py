@@ -196,6 +196,7 @@ class FakeNode:
             settings=self.settings,
             metrics=self.metrics,
             reactor=self.clock,
+            is_ready=lambda: not self.unready_reason,
         )
 
     def advance(self, seconds: float, step: float = 0.25) -> None:

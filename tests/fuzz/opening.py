@@ -1,6 +1,7 @@
 """Data before a connection is open (RFC 6455, section 4.2). An input is the first bytes of a client.
 
-* The outcome is no response yet, a 101, or one refusal: well-formed, with ``Content-Length`` and ``Connection: close``;
+* The outcome is no response yet, a 101, the response to a health check, or one refusal: well-formed, with
+  ``Content-Length`` and ``Connection: close``;
   data of the client is never in its status line or headers, and only escaped in its body.
 * Tokens are never disclosed.
 * The splitting into reads makes no difference, and data after a refusal gets no response.
@@ -22,8 +23,9 @@ from autobahn.websocket.protocol import parseHttpHeader
 from gateway.auth.errors import IdentityMismatchError, TokenRefusedError
 from gateway.auth.interface import Credentials, Identity, is_client_id
 from gateway.clients.endpoint import BEARER_PREFIX, extract_token
+from gateway.clients.health_check import health_response
 from gateway.protocol.errors import RequestRefusedError
-from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, find_request_head, parse_request
+from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, encode_refusal, find_request_head, parse_request
 from gateway.protocol.jsonrpc import SUBPROTOCOL
 from tests.fakes.clients import FakeNode
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
@@ -38,6 +40,7 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _HEADERS = {
     "Content-Type": r"application/json",
     "Content-Length": r"[1-9][0-9]*",
+    "Cache-Control": r"no-store",
     "Connection": r"close",
     "Retry-After": r"[1-9][0-9]*",
     "WWW-Authenticate": r"Bearer",
@@ -180,6 +183,10 @@ def check(data: bytes, auth: str, outcome: Outcome, head: HandshakeRequest | Req
     elif outcome.sent.startswith(b"HTTP/1.1 101 "):
         assert isinstance(head, HandshakeRequest)
         _check_opening(auth, outcome, head)
+    elif isinstance(head, RequestRefusedError) and not outcome.refused:
+        # A health check: the node is ready.
+        assert outcome.sent == health_response(data, lambda: True)
+        assert (outcome.over, outcome.claimed, outcome.seen) == (True, [], [])
     else:
         _check_refusal(data, outcome, head)
 
@@ -228,14 +235,14 @@ def _check_refusal(data: bytes, outcome: Outcome, head: HandshakeRequest | Reque
         names.append(name)
         assert re.fullmatch(_HEADERS[name], value), line
     assert len(set(names)) == len(names)
-    assert names[:3] == ["Content-Type", "Content-Length", "Connection"]
+    assert names[:4] == ["Content-Type", "Content-Length", "Cache-Control", "Connection"]
     assert f"Content-Length: {len(body)}" in lines
     word, message = _said(body)
     assert word in _WORDS[int(match[1])]
     assert outcome.refused == {word: 1}
     assert ("WWW-Authenticate" in names) == (word == "token")
     if isinstance(head, RequestRefusedError):
-        assert head.response() == outcome.sent
+        assert encode_refusal(head) == outcome.sent
     else:
         _check_no_token(data, head, message)
 

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.protocol.errors import RequestRefusedError
-from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, find_request_head, parse_request, safe_repr
+from gateway.protocol.handshake import (
+    MAX_HEAD,
+    HandshakeRequest,
+    encode_refusal,
+    find_request_head,
+    parse_request,
+    safe_repr,
+)
 from tests.builders.frames import WEBSOCKET_KEY, build_request
 
 PATH = "/v1/connect"
@@ -210,14 +217,14 @@ class ParseTest(SynchronousTestCase):
 
 
 class RequestRefusedErrorTest(SynchronousTestCase):
-    """RequestRefusedError.response()"""
+    """encode_refusal()"""
 
     def test_response(self) -> None:
         refusal = RequestRefusedError(503, "full", "no room", [("Retry-After", "1")])
         self.assertEqual(
-            refusal.response(),
+            encode_refusal(refusal),
             b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 36\r\n"
-            b'Connection: close\r\nRetry-After: 1\r\n\r\n{"error":"full","message":"no room"}',
+            b'Cache-Control: no-store\r\nConnection: close\r\nRetry-After: 1\r\n\r\n{"error":"full","message":"no room"}',
         )
 
     def test_statuses_have_their_standard_phrase(self) -> None:
@@ -231,11 +238,13 @@ class RequestRefusedErrorTest(SynchronousTestCase):
             (500, b"Internal Server Error"),
         ):
             self.assertTrue(
-                RequestRefusedError(status, "w", "m").response().startswith(b"HTTP/1.1 %d %s\r\n" % (status, phrase))
+                encode_refusal(RequestRefusedError(status, "w", "m")).startswith(
+                    b"HTTP/1.1 %d %s\r\n" % (status, phrase)
+                )
             )
 
     def test_message_is_escaped(self) -> None:
-        response = RequestRefusedError(400, "w", '"\r\n\r\nHTTP/1.1 200 OK\x85\u2028\ud800').response()
+        response = encode_refusal(RequestRefusedError(400, "w", '"\r\n\r\nHTTP/1.1 200 OK\x85\u2028\ud800'))
         self.assertEqual(response.count(b"\r\n\r\n"), 1)
         self.assertTrue(response.isascii())
 

@@ -16,6 +16,7 @@ from gateway.protocol.handshake import (
     HandshakeResponse,
     accept_key,
     check_upgrade_response,
+    encode_refusal,
     find_response_head,
     parse_refusal,
     parse_response,
@@ -163,7 +164,7 @@ class ParseRefusalTest(SynchronousTestCase):
         self.assertEqual(refusal.status, 429)
         ((name, seconds),) = refusal.headers
         self.assertEqual(name, "Retry-After")
-        self.assertIn(b" 429 ", refusal.response())
+        self.assertIn(b" 429 ", encode_refusal(refusal))
         return refusal.reason, refusal.message, seconds
 
     def test_forwarded(self) -> None:

@@ -104,7 +104,7 @@ class OpeningHandshakeTests(ConnectionTestCase):
         )
         self.assertNoResult(self.connection.opened)
         self.server.send(b"x")
-        self.assertEqual(self.open_failure(HandshakeRefusedError), "the gateway answered 403")
+        self.assertEqual(self.open_failure(HandshakeRefusedError), "the response is 403, and not the gateway's")
         self.assert_disconnects()
 
     def test_invalid_responses(self) -> None:
