@@ -4,6 +4,7 @@ Direct, at the public URL:
 
 -> GET /v1/connect?client_id=robot-7 HTTP/1.1          Authorization: Bearer T, or
                                                         Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1, wsgateway.bearer.T
+                                                        (or wsgateway.bearer64.B, with the token in base64url)
 <- HTTP/1.1 101 Switching Protocols                     Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1, if it was offered
 
 or a refusal, with its error word in the body:
@@ -39,6 +40,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from gateway.auth import bearer
 from gateway.auth.errors import (
     AuthenticationError,
     ClientIdMissingError,
@@ -60,9 +62,6 @@ from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.websocket.reassembly import ReassemblyBudget
 from gateway.websocket.server import ServerFactory, ServerProtocol
-
-#: prefix of the subprotocol that carries a browser's token
-BEARER_PREFIX = "wsgateway.bearer."
 
 #: messages of maximum size that may be buffered for a moment beyond --send-buffer, such as a few calls at once
 BURST_MESSAGES = 4
@@ -109,15 +108,27 @@ def parse_client_id(query: str) -> str | None:
 def extract_token(request: HandshakeRequest) -> str | None:
     """Return the token of a request, from the Authorization header or a subprotocol, or ``None`` if there is none.
 
-    Raises ``RequestRefusedError`` if there are two that differ.
+    Raises ``RequestRefusedError`` if there are two that differ, or any two of which one is in base64url.
     """
-    tokens = {name[len(BEARER_PREFIX) :] for name in request.subprotocols if name.startswith(BEARER_PREFIX)}
+    offered = [name for name in request.subprotocols if bearer.is_bearer(name)]
+    if any(name.startswith(bearer.BASE64_PREFIX) for name in offered):
+        if len(offered) > 1 or "authorization" in request.headers:
+            raise _bad_bearer64("must be the only credential: leave the header Authorization and other tokens out")
+        try:
+            return bearer.decode_bearer64(offered[0][len(bearer.BASE64_PREFIX) :])
+        except ValueError as e:
+            raise _bad_bearer64(str(e)) from None
+    tokens = {name[len(bearer.PREFIX) :] for name in offered}
     header = _BEARER_HEADER.fullmatch(request.headers.get("authorization", ""))
     if header is not None:
         tokens.add(header[1] or "")
     if len(tokens) > 1:
         raise _to_refused_error(TokenRefusedError("the request has two different tokens"))
     return tokens.pop() if tokens else None
+
+
+def _bad_bearer64(problem: str) -> RequestRefusedError:
+    return RequestRefusedError(400, "header", f"the token behind {bearer.BASE64_PREFIX} {problem}")
 
 
 def _to_refused_error(error: AuthenticationError) -> RequestRefusedError:
@@ -166,7 +177,7 @@ class ClientProtocol(ServerProtocol):
             self.address,
             redirected_here=HOP_PARAMETER in request.query.split("&"),
             accepts_redirect=request.headers.get("wsgateway-redirect") == "1",
-            subprotocols=tuple(name for name in request.subprotocols if not name.startswith(BEARER_PREFIX)),
+            subprotocols=tuple(name for name in request.subprotocols if not bearer.is_bearer(name)),
             expires_at=identity.expires_at,
             max_expires_at=identity.max_expires_at,
         )

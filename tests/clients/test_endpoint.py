@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import socket
 from typing import Any
@@ -162,6 +163,44 @@ class IdentityTest(EndpointTestCase):
         self.assert_opens(
             node, "a", "/v1/connect", Authorization="Bearer secret", Sec_WebSocket_Protocol="wsgateway.bearer.secret"
         )
+
+    def test_token_in_base64url(self) -> None:
+        """For tokens that browsers do not take as a subprotocol: ``a/b=`` is ``YS9iPQ``."""
+        tokens = self.tokens(a="a/b=", b="x" * 8192, c="x" * 8193)
+        node = FakeNode((tokens,))
+        for offered in ("wsgateway.jsonrpc.v1, wsgateway.bearer64.YS9iPQ", "wsgateway.bearer64.YS9iPQ"):
+            head = self.assert_opens(node, "a", "/v1/connect?client_id=a", Sec_WebSocket_Protocol=offered)
+            self.assertNotIn(b"bearer", head)
+        for length, client_id in ((8192, "b"), (8193, "")):
+            offered = "wsgateway.bearer64." + base64.urlsafe_b64encode(b"x" * length).decode().rstrip("=")
+            if client_id:
+                self.assert_opens(node, client_id, "/v1/connect", Sec_WebSocket_Protocol=offered)
+        self.assert_refused(FakeNode((tokens,)), 401, "token", "/v1/connect", Sec_WebSocket_Protocol=offered)
+
+    def test_base64url_that_is_refused(self) -> None:
+        node = FakeNode((self.tokens(a="a/b="), "none"))
+        for encoded in ("YS9iPQ==", "YS9iPR", "YS9+PQ", "YS9i.PQ", "Y", "YSBi", "w6k"):
+            for target in ("/v1/connect", "/v1/connect?client_id=a"):
+                offered = f"wsgateway.jsonrpc.v1, wsgateway.bearer64.{encoded}"
+                client = self.connect(node, target, Sec_WebSocket_Protocol=offered)
+                self.assertEqual(client.refusal()[:2], (400, "header"))
+                self.assertIn("the token behind wsgateway.bearer64. ", client.refusal_message)
+                self.assertNotIn(f"bearer64.{encoded}", client.refusal_message)
+
+    def test_base64url_is_the_only_credential(self) -> None:
+        node = FakeNode((self.tokens(a="secret", b="other"),))
+        mine = "wsgateway.bearer64.c2VjcmV0"
+        for headers in (
+            {"Sec_WebSocket_Protocol": mine, "Authorization": "Bearer secret"},
+            {"Sec_WebSocket_Protocol": mine, "Authorization": "Bearer other"},
+            {"Sec_WebSocket_Protocol": mine, "Authorization": "Basic c2VjcmV0"},
+            {"Sec_WebSocket_Protocol": mine, "Authorization": ""},
+            {"Sec_WebSocket_Protocol": f"{mine}, wsgateway.bearer.secret"},
+            {"Sec_WebSocket_Protocol": f"wsgateway.bearer.other, {mine}"},
+            {"Sec_WebSocket_Protocol": f"{mine}, wsgateway.bearer64.b3RoZXI"},
+        ):
+            self.assert_refused(node, 400, "header", "/v1/connect", **headers)
+        self.assert_refused(node, 400, "upgrade", "/v1/connect", Sec_WebSocket_Protocol=f"{mine}, {mine}")
 
     def test_different_tokens(self) -> None:
         node = FakeNode((self.tokens(a="secret", b="other"),))
