@@ -178,6 +178,9 @@ class Node(Service):
         self._client_ports = await listen(
             "listen", settings.listen, components.client_factory, reactor, components.proxied_client_factory
         )
+        for name, port in zip(settings.listen, self._client_ports, strict=True):
+            if url := endpoints.loopback_url(name, port):
+                components.client_factory.own_origins.add_loopback_url(url)
         self._handshake_poller.start()
         limiter = AcceptLimiter(reactor, self.metrics, self._handshake_poller)
         limiter.throttle(self._backend_ports)

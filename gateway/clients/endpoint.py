@@ -49,7 +49,7 @@ from gateway.auth.errors import (
     TokenRefusedError,
 )
 from gateway.auth.interface import Credentials, IAuthenticator, Identity, is_client_id, no_certificate
-from gateway.auth.origin import AllowedOrigins
+from gateway.auth.origin import AllowedOrigins, OwnOrigins, suggest_pattern
 from gateway.clients.interface import ConnectRequest, IConnection, Session, UnparkedSession
 from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
@@ -167,7 +167,7 @@ class ClientProtocol(ServerProtocol):
     def authenticate(self, request: HandshakeRequest) -> Identity | Deferred[Identity]:
         """Return the client's identity. Raises, or fails with, ``RequestRefusedError``."""
         identity: Identity | Deferred[Identity] = self.factory.authenticate(
-            request, partial(verified_certificate, self.transport)
+            request, partial(verified_certificate, self.transport), self.transport.getHost
         )
         return identity
 
@@ -249,6 +249,8 @@ class ClientFactory(ServerFactory):
         self._reactor = reactor
         self._authenticator = authenticator
         self._origins = AllowedOrigins(settings.origin)
+        #: of the urls of this node, as far as they are known
+        self.own_origins = OwnOrigins(settings.public_url)
 
     def with_proxy_protocol(self) -> ClientFactory:
         """Return a copy for an endpoint behind a load balancer that sends the PROXY protocol. It shares all counters;
@@ -272,21 +274,35 @@ class ClientFactory(ServerFactory):
         return connection
 
     def authenticate(
-        self, request: HandshakeRequest, certificate: Callable[[], bytes | None] = no_certificate
+        self,
+        request: HandshakeRequest,
+        certificate: Callable[[], bytes | None] = no_certificate,
+        local_address: Callable[[], object] = lambda: None,
     ) -> Identity | Deferred[Identity]:
-        """Authenticate the client that sent a request; ``certificate`` returns the certificate that TLS has verified.
+        """Authenticate the client that sent a request.
 
-        Raises, or fails with, ``RequestRefusedError``.
+        ``certificate`` returns the certificate that TLS has verified, ``local_address`` the address at which the
+        connection was accepted. Raises, or fails with, ``RequestRefusedError``.
         """
         origin = request.headers.get("origin")
-        if origin is not None and not self._origins.is_allowed(origin):
-            raise RequestRefusedError(403, "origin", f"pages of the origin {safe_repr(origin)} may not connect here")
+        if origin is not None:
+            self._check_origin(origin, local_address)
         credentials = Credentials(extract_token(request), parse_client_id(request.query), certificate)
         try:
             identity = self._authenticator.authenticate(credentials)
         except AuthenticationError as e:
             raise _to_refused_error(e) from None
         return identity.addErrback(_refuse_failed_authentication) if isinstance(identity, Deferred) else identity
+
+    def _check_origin(self, origin: str, local_address: Callable[[], object]) -> None:
+        """Raise ``RequestRefusedError`` for the origin of a page that may not connect."""
+        if self._origins.is_allowed(origin) or self.own_origins.includes(origin, local_address()):
+            return
+        pattern = suggest_pattern(origin)
+        remedy = "" if pattern is None else f"; --origin {pattern} would let them in"
+        raise RequestRefusedError(
+            403, "origin", f"pages of the origin {safe_repr(origin)} may not connect here{remedy}"
+        )
 
 
 def _refuse_failed_authentication(failure: Failure) -> NoReturn:

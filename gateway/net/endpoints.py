@@ -342,6 +342,13 @@ def exposed_address(port: IListeningPort) -> str:
     return "" if ipaddress.ip_address(host).is_loopback else f"{address.host}:{address.port}"
 
 
+def loopback_url(description: str, port: IListeningPort) -> str:
+    """Return the URL of a port at which only clients of this machine connect, and directly; or an empty string."""
+    if description.startswith(_PROXY_PREFIX) or exposed_address(port):
+        return ""
+    return port_url(description, port)[0]
+
+
 def port_url(description: str, port: IListeningPort) -> tuple[str, bool]:
     """Return the ``ws://`` or ``wss://`` URL of a port, and whether it is certain.
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from twisted.internet.address import UNIXAddress
+from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.interfaces import ISSLTransport
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides, providedBy
@@ -247,6 +247,39 @@ class IdentityTest(EndpointTestCase):
 
     def test_no_browser_without_a_pattern(self) -> None:
         self.assert_refused(FakeNode(), 403, "origin", "/v1/connect?client_id=a", Origin="http://192.0.2.1:8080")
+
+    def test_own_origin(self) -> None:
+        """Some libraries send it; the Host header does not make an origin the node's own."""
+        node = FakeNode(public_url="wss://gw.example.com")
+        node.factory.own_origins.add_dns_name("fleet.example.com")
+        for origin in ("https://gw.example.com", "https://fleet.example.com:443"):
+            self.assert_opens(node, "a", "/v1/connect?client_id=a", Origin=origin)
+        # That of the Host header.
+        self.assert_refused(FakeNode(), 403, "origin", "/v1/connect?client_id=b", Origin="http://gw.example.com")
+
+    def test_own_origin_of_a_loopback_port(self) -> None:
+        node = FakeNode()
+        node.factory.own_origins.add_loopback_url("ws://127.0.0.1:8080")
+        clients = []
+        for local in ("127.0.0.1", "192.0.2.7"):
+            transport = FakeTransport()
+            transport.hostAddr = IPv4Address("TCP", local, 8080)
+            clients.append(FakeClient(node.factory, transport))
+            clients[-1].send(build_request(extra=(("Origin", "http://localhost:8080"),)))
+        clients[0].expect_open()
+        self.assertEqual(clients[1].refusal()[:2], (403, "origin"))
+
+    def test_the_refusal_names_the_option(self) -> None:
+        for origin, remedy in (
+            ("https://App.example.com:443", "; --origin https://app.example.com would let them in"),
+            ("null", "; --origin null would let them in"),
+            ("https://*.com", ""),
+            ("https://a.com/`reboot`", ""),
+        ):
+            client = self.connect(FakeNode(), Origin=origin)
+            self.assertEqual(client.refusal()[:2], (403, "origin"))
+            expected = f"pages of the origin {origin!r} may not connect here{remedy}"
+            self.assertEqual(client.refusal_message, expected)
 
     def test_origin_comes_before_identity(self) -> None:
         node = FakeNode((self.tokens(a="secret"),))

@@ -316,6 +316,20 @@ class PortAddressTests(SynchronousTestCase):
         ]:
             self.assertEqual(endpoints.port_url(description, FakePort(address)), (url, certain))
 
+    def test_loopback_url(self) -> None:
+        for description, address, url in [
+            ("tcp:1", IPv4Address("TCP", "127.0.0.1", 1), "ws://127.0.0.1:1"),
+            ("ssl:1", IPv4Address("TCP", "127.9.9.9", 1), "wss://127.9.9.9:1"),
+            ("tcp6:1", IPv6Address("TCP", "::1", 1), "ws://[::1]:1"),
+            ("fd:3", IPv4Address("TCP", "127.0.0.1", 1), "ws://127.0.0.1:1"),
+            ("haproxy:tcp:1", IPv4Address("TCP", "127.0.0.1", 1), ""),
+            ("tcp:1", IPv4Address("TCP", "0.0.0.0", 1), ""),
+            ("tcp6:1", IPv6Address("TCP", "::", 1), ""),
+            ("tcp:1", IPv4Address("TCP", "10.0.0.1", 1), ""),
+            ("unix:/x", UNIXAddress("/x"), ""),
+        ]:
+            self.assertEqual(endpoints.loopback_url(description, FakePort(address)), url)
+
 
 class StopListeningTests(SynchronousTestCase):
     def test_waits_until_each_port_is_closed(self) -> None:
