@@ -289,6 +289,8 @@ class Components:
             refresh_live_nodes=lambda: Deferred.fromCoroutine(self._refresh_live_nodes()),
             instance_address=self.autoscaling.address if self.autoscaling is not None else None,
         )
+        if self.dns_registrar is not None:
+            self.client_factory.own_origins.add_dns_name(self.dns_registrar.name)
 
     def _make_autoscaling(self) -> Autoscaling:
         # Imported here because it takes memory that only nodes with --autoscaling need.

@@ -42,6 +42,7 @@ from gateway.registry.factory import make_registry
 from gateway.registry.interface import NodeInfo, SessionKey
 from gateway.registry.sql import SQLRegistry
 from gateway.settings import ConfigError, Settings, default_node_name, files_reserved_for_backends
+from gateway.twistd import Terminal
 from gateway.util.deferred import detached
 
 #: how often a stop checks whether the sockets of clients are closed, in seconds
@@ -64,9 +65,10 @@ class Node(Service):
         *,
         monotonic: Callable[[], float] = time.monotonic,
         registry_factory: Callable[..., SQLRegistry] = make_registry,
+        terminal: Terminal | None = None,
     ) -> None:
-        """Construct the components; nothing is opened yet. The other parameters are those of
-        :class:`~gateway.components.Components`.
+        """Construct the components; nothing is opened yet. ``terminal`` is that of a daemon, for errors of the start;
+        ``monotonic`` and ``registry_factory`` are those of :class:`~gateway.components.Components`.
 
         Raises :class:`~gateway.settings.ConfigError` if a file cannot be read.
         """
@@ -77,6 +79,7 @@ class Node(Service):
         self.public_url: str = settings.public_url
         self.peer_url: str = settings.peer_url
         self._reactor = reactor
+        self._terminal = terminal
         #: whether clients can connect to ``public_url``, which may be a guess
         self._can_advertise_url = True
         self._binding: Deferred[None] | None = None
@@ -178,6 +181,9 @@ class Node(Service):
         self._client_ports = await listen(
             "listen", settings.listen, components.client_factory, reactor, components.proxied_client_factory
         )
+        for name, port in zip(settings.listen, self._client_ports, strict=True):
+            if url := endpoints.loopback_url(name, port):
+                components.client_factory.own_origins.add_loopback_url(url)
         self._handshake_poller.start()
         limiter = AcceptLimiter(reactor, self.metrics, self._handshake_poller)
         limiter.throttle(self._backend_ports)
@@ -209,6 +215,8 @@ class Node(Service):
             components.dns_registrar.start()
         if components.autoscaling is not None:
             components.autoscaling.start()
+        if self._terminal is not None:
+            self._terminal.close()
         self.log.info(
             "{name} is ready: node {node_id}, version {version}, clients at {public_url}, backends at {backend_url}",
             name=self.name,
@@ -253,7 +261,9 @@ class Node(Service):
             problem = f"cannot start: {failure.getErrorMessage()}"
             self.log.failure("cannot start", failure=failure)
         self.log.critical("wsgateway: {problem}", problem=problem)
-        if sys.__stderr__ is not None:
+        if self._terminal is not None:
+            self._terminal.report(problem)
+        elif sys.__stderr__ is not None:
             # Not sys.stderr, which twistd has replaced with its log.
             print(f"wsgateway: {problem}", file=sys.__stderr__, flush=True)
 

@@ -236,7 +236,10 @@ class Settings:
         tuple,
     )
     origin: tuple[str, ...] = option(
-        (), "PATTERN", "Browser origin that may connect, such as https://*.example.com.", tuple
+        (),
+        "PATTERN",
+        "Browser origin that may connect, such as https://*.example.com, beside the origin of the node's own URL.",
+        tuple,
     )
     backend_token_file: str = option(
         "",

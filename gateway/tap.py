@@ -21,6 +21,7 @@ from twisted.python import usage
 
 from gateway import __version__
 from gateway.settings import ConfigError, Settings, make_settings
+from gateway.twistd import Terminal, check_files, is_daemon, log_path
 
 SECTION = "wsgateway"
 
@@ -66,8 +67,10 @@ class Options(usage.Options):
             raise usage.UsageError(f"unexpected {args[0]!r}: every option begins with --")
 
     def postOptions(self) -> None:
-        """Check the settings, so that an invalid one ends the program before anything is started."""
+        """Check the settings, and the files of twistd, so that an invalid one ends the program before anything is
+        started."""
         self.settings()
+        check_files(self.parent)
 
     def opt_version(self) -> None:
         """Print the versions of wsgateway, Twisted, Autobahn and Python, and exit."""
@@ -157,7 +160,9 @@ def makeService(options: Options) -> IService:
 
     # The reactor's timers follow the wall clock: setting it back by an hour would stop heartbeats and pings that long.
     reactor.seconds = time.monotonic  # type: ignore[method-assign]
+    # Before twistd daemonizes.
+    terminal = Terminal(log_path(options.parent)) if is_daemon(options.parent) else None
     try:
-        return Node(options.settings(), reactor)
+        return Node(options.settings(), reactor, terminal=terminal)
     except ConfigError as e:
         raise SystemExit(f"wsgateway: {e}") from None

@@ -19,7 +19,7 @@ ROOT = Path(gateway.__file__).parent
 LAYERS = (
     ("util",),
     ("settings", "metrics"),
-    ("net", "protocol", "registry"),
+    ("net", "protocol", "registry", "twistd"),
     ("websocket", "auth", "cloud"),
     ("clients", "agent"),
     ("rpc", "testing"),

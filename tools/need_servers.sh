@@ -1,6 +1,6 @@
 #!/bin/sh
-# Check that the servers that tests start are installed (MariaDB, BIND's named, haproxy), and the programs that check
-# deploy/ (systemd's, and curl). As root on Debian, install what is missing.
+# Check that the programs that tests start are installed: servers (MariaDB, BIND's named, haproxy), a browser (Chromium),
+# and the programs that check deploy/ (systemd's, and curl). As root on Debian, install what is missing.
 set -eu
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 
@@ -12,6 +12,8 @@ missing() {
     command -v haproxy >/dev/null || wanted="$wanted haproxy"
     { command -v systemd-analyze && command -v systemd-sysusers; } >/dev/null || wanted="$wanted systemd"
     command -v curl >/dev/null || wanted="$wanted curl"
+    { command -v chromium-headless-shell || command -v chromium || command -v google-chrome; } >/dev/null ||
+        wanted="$wanted chromium-headless-shell"
     [ -n "$wanted" ]
 }
 

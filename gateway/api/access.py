@@ -47,7 +47,12 @@ _BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)
 _PEER_SCHEME = re.compile(r"wsgateway-peer(?: |$)", re.IGNORECASE)
 _PEER_CHALLENGE = [("WWW-Authenticate", "Wsgateway-Peer")]
 
-_ORIGIN_REFUSED = (403, "origin", "browsers are not allowed here: the request has an Origin header")
+_ORIGIN_REFUSED = (
+    403,
+    "origin",
+    "browsers are not allowed here: the request has an Origin header; a program must leave it out "
+    "(websocket-client: suppress_origin=True)",
+)
 
 
 def has_peer_credentials(authorization: str) -> bool:

@@ -171,8 +171,8 @@ class AuthenticatorChain:
             if certificate_identity is not None:
                 return _merge_identities(credentials.client_id, None, certificate_identity)
             if not self._allow_unauthenticated:
-                if self._certificate_identity is not None:
-                    self._refusal_log.record(VerificationError("no_certificate", "--auth mtls"))
+                missing = ("no_token",) if self._certificate_identity is None else ("no_certificate", "--auth mtls")
+                self._refusal_log.record(VerificationError(*missing))
                 raise TokenRefusedError(self._credentials_required)
             if credentials.client_id is None:
                 raise ClientIdMissingError(self._client_id_required)
@@ -215,6 +215,7 @@ class AuthenticatorChain:
         :class:`AuthenticationError`."""
         check = _TokenCheck(self._wall_clock, self._refusal_log)
         if len(token) > MAX_TOKEN_LENGTH:
+            check.refuse(VerificationError("too_long"))
             return check.result()
         remaining = iter(self._verifiers)
         for verifier in remaining:
@@ -261,7 +262,7 @@ class _TokenCheck:
         try:
             result: Identity | Deferred[Identity | None] | None = verifier.verify(token)
         except (KeysUnavailableError, VerificationError) as e:
-            self._record_error(e)
+            self.refuse(e)
             return None
         return result
 
@@ -270,10 +271,11 @@ class _TokenCheck:
         try:
             return await pending
         except (KeysUnavailableError, VerificationError) as e:
-            self._record_error(e)
+            self.refuse(e)
             return None
 
-    def _record_error(self, error: KeysUnavailableError | VerificationError) -> None:
+    def refuse(self, error: KeysUnavailableError | VerificationError) -> None:
+        """Record why a verifier does not accept the token."""
         if isinstance(error, KeysUnavailableError):
             self._keys_unavailable = error
         elif error.is_more_specific_than(self._verification_error):
@@ -282,7 +284,7 @@ class _TokenCheck:
     def accept(self, identity: Identity | None) -> bool:
         """Record the result of a verifier. Returns whether the token is accepted."""
         if identity is not None and 0 < identity.expires_at <= self._wall_clock():
-            self._record_error(_TOKEN_EXPIRED)
+            self.refuse(_TOKEN_EXPIRED)
         elif identity is not None:
             self._identity = identity
         return self._identity is not None

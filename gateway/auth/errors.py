@@ -35,9 +35,12 @@ class KeysUnavailableError(AuthenticationError):
 
 #: reason -> description for the log. Of a token that several verifiers refuse, the last reason in this order is logged.
 REASONS = {
+    "no_token": "no token was presented",
     "no_certificate": "no client certificate was presented",
     "certificate_name": "its SubjectAlternativeName has no client_id",
+    "too_long": "it is longer than a token may be",
     "malformed": "it is not a JSON Web Token, or cannot be decoded",
+    "unknown_token": "no line of the file has this token",
     "algorithm": "its algorithm is not allowed",
     "issuer": "its issuer (iss) is wrong or missing",
     "unknown_key": "its key is unknown",

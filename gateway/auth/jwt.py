@@ -10,6 +10,7 @@ Keys in the header of a token, and references to keys (jwk, jku, x5u, x5c), are 
 from __future__ import annotations
 
 import base64
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import attrs
 import jwt
 import msgspec
+from jwt.algorithms import OKPAlgorithm
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from gateway.auth.algorithms import HMAC_ALGORITHMS
+from gateway.auth.algorithms import EDDSA_ALGORITHMS, HMAC_ALGORITHMS
 from gateway.auth.errors import SignatureError, VerificationError
 from gateway.auth.files import warn_if_world_readable
 from gateway.auth.interface import MAX_TOKEN_LENGTH, Identity, ITokenVerifier, is_client_id
@@ -32,6 +34,11 @@ LEEWAY = 30.0
 _MAX_TIMESTAMP = 253402300800
 #: what PyJWT raises for an invalid token: nearly always an exception of its own
 _DECODE_ERRORS = (jwt.PyJWTError, ValueError, TypeError, RecursionError)
+
+for _name in EDDSA_ALGORITHMS:
+    # PyJWT knows EdDSA alone, which is the same algorithm. It refuses a name that a later version knows itself.
+    with contextlib.suppress(ValueError):
+        jwt.register_algorithm(_name, OKPAlgorithm())
 
 
 @attrs.frozen

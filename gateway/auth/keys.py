@@ -38,6 +38,7 @@ MIN_SECRET_SIZE = 16
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----.*?-----END \1-----", re.DOTALL)
 _PEM_BEGIN = b"-----BEGIN "
 _LOADERS: Mapping[str, Any] = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "OKP": OKPAlgorithm}
+_EDDSA_NAMES = {frozenset(names) for names in EDDSA_ALGORITHMS.values()}
 #: the members of a public key, by its type
 _MEMBERS = {"RSA": ("kty", "n", "e"), "EC": ("kty", "crv", "x", "y"), "OKP": ("kty", "crv", "x")}
 #: characters of a member: the longest is an RSA modulus in base64
@@ -148,7 +149,9 @@ def _algorithms_of(key: Any) -> frozenset[str]:
         return frozenset(RSA_ALGORITHMS)
     if isinstance(key, EllipticCurvePublicKey):
         return frozenset(EC_ALGORITHMS[name] for name in [key.curve.name] if name in EC_ALGORITHMS)
-    return frozenset(EDDSA_ALGORITHMS) if isinstance(key, (Ed25519PublicKey, Ed448PublicKey)) else frozenset()
+    if isinstance(key, Ed25519PublicKey):
+        return frozenset(EDDSA_ALGORITHMS["Ed25519"])
+    return frozenset(EDDSA_ALGORITHMS["Ed448"]) if isinstance(key, Ed448PublicKey) else frozenset()
 
 
 def parse_jwks(document: bytes, algorithms: Collection[str]) -> KeySet:
@@ -195,10 +198,13 @@ def _parse_jwk(jwk: object, algorithms: Collection[str]) -> VerificationKey:
     if not isinstance(kid, (str, type(None))):
         raise _UnusableKeyError("that cannot be read")
     key = _load_public_key(kty, jwk)
-    usable = _algorithms_of(key) & set(algorithms)
+    of_key = _algorithms_of(key)
+    usable = of_key & set(algorithms)
     if algorithm is not None:
         # Compared, not hashed: it may be of any JSON type.
-        usable &= {name for name in usable if name == algorithm}
+        named = {name for name in of_key if name == algorithm}
+        # Both names of an EdDSA key are of one algorithm: tokens may have the other one.
+        usable &= of_key if of_key in _EDDSA_NAMES and named else named
     if not usable:
         raise _UnusableKeyError("for other algorithms")
     return VerificationKey(key, usable, kid)

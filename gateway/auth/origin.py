@@ -1,4 +1,4 @@
-"""Check the Origin header of browsers (RFC 6454, section 7) against the patterns of ``--origin PATTERN``.
+"""Check the Origin header (RFC 6454, section 7) against the patterns of ``--origin PATTERN`` and the node's own urls.
 
     https://app.example.com          only this origin
     https://*.example.com            * matches any characters except /
@@ -6,13 +6,24 @@
     null                             pages with an opaque origin, such as local files
     *                                all origins, including null
 
-Clients that send no Origin header are not browsers, and are not checked.
+Clients that send no Origin header are not browsers, and are not checked. Some libraries that are not browsers send the
+origin of the url that they connect to. It is accepted if it is certainly the node's own:
+
+    --public-url                     its origin
+    --dns                            the name, with the scheme and port of --public-url
+    --listen on a loopback address   its port at that address and at localhost, for connections to that port
+
+The Host header proves nothing: a page can have any name lead to this node (DNS rebinding).
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from twisted.internet.address import IPv4Address, IPv6Address
 
 from gateway.settings import ConfigError
 
@@ -20,6 +31,10 @@ _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^/\\@?#\s:\[\]]+|\[[0-9a-f:.]+\])
 _PATTERN = re.compile(r"([a-z*][a-z0-9+.*-]*)://([^/\\@?#\s:\[\]]+|\[[0-9a-f:.*]+\])(?::([0-9*]{1,5}))?")
 _DEFAULT_PORTS = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
 _MAX_LENGTH = 1024
+#: an origin without characters that mean something else in a pattern or to a shell
+_PLAIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+#: the scheme of a WebSocket url -> that of the pages at its origin
+_PAGE_SCHEMES = {"ws": "http", "wss": "https"}
 
 
 def _matches_glob(text: str, pattern: str) -> bool:
@@ -69,6 +84,73 @@ class AllowedOrigins:
         parts = _without_default_port(match)
         # Neither part contains a /, so no * can match one.
         return any(all(map(_matches_glob, parts, pattern)) for pattern in self._patterns)
+
+
+def suggest_pattern(origin: str) -> str | None:
+    """Return the pattern that allows an origin and nothing else; ``None`` if there is none that is safe to quote."""
+    if origin == "null":
+        return origin
+    plain = _PLAIN.fullmatch(origin.lower()) if len(origin) <= _MAX_LENGTH else None
+    match = None if plain is None else _ORIGIN.fullmatch(plain[0])
+    return None if match is None else "://".join(_without_default_port(match))
+
+
+class OwnOrigins:
+    """The origins of the urls at which clients reach this node."""
+
+    def __init__(self, public_url: str = "") -> None:
+        """``public_url`` is ``ws://`` or ``wss://``, or empty."""
+        self._public_url = public_url
+        self._public: set[str] = set()
+        #: address and port of a loopback port -> its origins
+        self._loopback: dict[tuple[str, int], set[str]] = {}
+        if public_url:
+            parts = urlsplit(public_url)
+            self._public.add(_origin_of(parts.scheme, parts.hostname or "", parts.port))
+
+    def add_dns_name(self, name: str) -> None:
+        """Add a DNS name of the fleet, with the scheme and port of the public url; nothing without a public url."""
+        if self._public_url:
+            parts = urlsplit(self._public_url)
+            self._public.add(_origin_of(parts.scheme, name, parts.port))
+
+    def add_loopback_url(self, url: str) -> None:
+        """Add the url of a port on a loopback address, for connections to that port."""
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or 0
+        self._loopback[host, port] = {_origin_of(parts.scheme, name, port) for name in (host, "localhost")}
+
+    def includes(self, origin: str, address: object = None) -> bool:
+        """Whether an Origin header names this node. ``address`` is the one at which the connection was accepted."""
+        # Browsers send international names in ASCII.
+        match = _ORIGIN.fullmatch(origin.lower()) if len(origin) <= _MAX_LENGTH and origin.isascii() else None
+        if match is None:
+            return False
+        own = _origin_of(match[1], match[2].strip("[]"), int(match[3]) if match[3] else None)
+        if own in self._public:
+            return True
+        if not isinstance(address, (IPv4Address, IPv6Address)):
+            return False
+        return own in self._loopback.get((address.host, address.port), ())
+
+
+def _origin_of(scheme: str, host: str, port: int | None) -> str:
+    """Return the origin of the pages of a server, in one form: RFC 6454, section 6.2, and the schemes of pages."""
+    scheme = _PAGE_SCHEMES.get(scheme, scheme)
+    try:
+        address = ipaddress.ip_address(host)
+        host = f"[{address}]" if address.version == 6 else str(address)
+    except ValueError:
+        host = host.lower() if host.isascii() else _to_ascii(host)
+    return f"{scheme}://{host}" + ("" if port is None or str(port) == _DEFAULT_PORTS.get(scheme) else f":{port}")
+
+
+def _to_ascii(host: str) -> str:
+    """Return an international host name as browsers send it."""
+    try:
+        return host.encode("idna").decode("ascii")
+    except UnicodeError:
+        return host
 
 
 def _without_default_port(match: re.Match[str]) -> tuple[str, str]:

@@ -16,6 +16,7 @@ import re
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from gateway.auth.errors import VerificationError
 from gateway.auth.files import numbered_lines, parse_sha256
 from gateway.auth.interface import Identity, ITokenVerifier, is_client_id
 from gateway.settings import ConfigError
@@ -35,6 +36,8 @@ class TokenFile:
     def __init__(self, path: str) -> None:
         """Raises :class:`~gateway.settings.ConfigError`, which names the file and the line."""
         self._path = path
+        #: for the log
+        self._source = f"--auth tokens:{path}"
         #: digest -> the same digest, for a comparison in constant time, and the client_id
         self._client_ids: dict[bytes, tuple[bytes, str]] = {}
         self.reload()
@@ -66,8 +69,10 @@ class TokenFile:
             raise ConfigError("auth", problem)
         self._client_ids = clients
 
-    def verify(self, token: str) -> Identity | None:
-        """Return the identity of a token, which never expires, or ``None``."""
+    def verify(self, token: str) -> Identity:
+        """Return the identity of a token, which never expires. Raises :class:`VerificationError` if no line has it."""
         digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
         stored, client_id = self._client_ids.get(digest, (b"", ""))
-        return Identity(client_id) if hmac.compare_digest(stored, digest) else None
+        if not hmac.compare_digest(stored, digest):
+            raise VerificationError("unknown_token", self._source)
+        return Identity(client_id)

@@ -4,6 +4,7 @@ Direct, at the public URL:
 
 -> GET /v1/connect?client_id=robot-7 HTTP/1.1          Authorization: Bearer T, or
                                                         Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1, wsgateway.bearer.T
+                                                        (or wsgateway.bearer64.B, with the token in base64url)
 <- HTTP/1.1 101 Switching Protocols                     Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1, if it was offered
 
 or a refusal, with its error word in the body:
@@ -39,6 +40,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from gateway.auth import bearer
 from gateway.auth.errors import (
     AuthenticationError,
     ClientIdMissingError,
@@ -47,7 +49,7 @@ from gateway.auth.errors import (
     TokenRefusedError,
 )
 from gateway.auth.interface import Credentials, IAuthenticator, Identity, is_client_id, no_certificate
-from gateway.auth.origin import AllowedOrigins
+from gateway.auth.origin import AllowedOrigins, OwnOrigins, suggest_pattern
 from gateway.clients.health_check import health_response, may_be_health_check
 from gateway.clients.interface import ConnectRequest, IConnection, Session, UnparkedSession
 from gateway.clients.sessions import ClientSessions
@@ -61,9 +63,6 @@ from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.websocket.reassembly import ReassemblyBudget
 from gateway.websocket.server import ServerFactory, ServerProtocol
-
-#: prefix of the subprotocol that carries a browser's token
-BEARER_PREFIX = "wsgateway.bearer."
 
 #: messages of maximum size that may be buffered for a moment beyond --send-buffer, such as a few calls at once
 BURST_MESSAGES = 4
@@ -110,15 +109,27 @@ def parse_client_id(query: str) -> str | None:
 def extract_token(request: HandshakeRequest) -> str | None:
     """Return the token of a request, from the Authorization header or a subprotocol, or ``None`` if there is none.
 
-    Raises ``RequestRefusedError`` if there are two that differ.
+    Raises ``RequestRefusedError`` if there are two that differ, or any two of which one is in base64url.
     """
-    tokens = {name[len(BEARER_PREFIX) :] for name in request.subprotocols if name.startswith(BEARER_PREFIX)}
+    offered = [name for name in request.subprotocols if bearer.is_bearer(name)]
+    if any(name.startswith(bearer.BASE64_PREFIX) for name in offered):
+        if len(offered) > 1 or "authorization" in request.headers:
+            raise _bad_bearer64("must be the only credential: leave the header Authorization and other tokens out")
+        try:
+            return bearer.decode_bearer64(offered[0][len(bearer.BASE64_PREFIX) :])
+        except ValueError as e:
+            raise _bad_bearer64(str(e)) from None
+    tokens = {name[len(bearer.PREFIX) :] for name in offered}
     header = _BEARER_HEADER.fullmatch(request.headers.get("authorization", ""))
     if header is not None:
         tokens.add(header[1] or "")
     if len(tokens) > 1:
         raise _to_refused_error(TokenRefusedError("the request has two different tokens"))
     return tokens.pop() if tokens else None
+
+
+def _bad_bearer64(problem: str) -> RequestRefusedError:
+    return RequestRefusedError(400, "header", f"the token behind {bearer.BASE64_PREFIX} {problem}")
 
 
 def _to_refused_error(error: AuthenticationError) -> RequestRefusedError:
@@ -165,7 +176,7 @@ class ClientProtocol(ServerProtocol):
     def authenticate(self, request: HandshakeRequest) -> Identity | Deferred[Identity]:
         """Return the client's identity. Raises, or fails with, ``RequestRefusedError``."""
         identity: Identity | Deferred[Identity] = self.factory.authenticate(
-            request, partial(verified_certificate, self.transport)
+            request, partial(verified_certificate, self.transport), self.transport.getHost
         )
         return identity
 
@@ -175,7 +186,7 @@ class ClientProtocol(ServerProtocol):
             self.address,
             redirected_here=HOP_PARAMETER in request.query.split("&"),
             accepts_redirect=request.headers.get("wsgateway-redirect") == "1",
-            subprotocols=tuple(name for name in request.subprotocols if not name.startswith(BEARER_PREFIX)),
+            subprotocols=tuple(name for name in request.subprotocols if not bearer.is_bearer(name)),
             expires_at=identity.expires_at,
             max_expires_at=identity.max_expires_at,
         )
@@ -250,6 +261,8 @@ class ClientFactory(ServerFactory):
         self._reactor = reactor
         self._authenticator = authenticator
         self._origins = AllowedOrigins(settings.origin)
+        #: of the urls of this node, as far as they are known
+        self.own_origins = OwnOrigins(settings.public_url)
 
     def with_proxy_protocol(self) -> ClientFactory:
         """Return a copy for an endpoint behind a load balancer that sends the PROXY protocol. It shares all counters;
@@ -273,21 +286,35 @@ class ClientFactory(ServerFactory):
         return connection
 
     def authenticate(
-        self, request: HandshakeRequest, certificate: Callable[[], bytes | None] = no_certificate
+        self,
+        request: HandshakeRequest,
+        certificate: Callable[[], bytes | None] = no_certificate,
+        local_address: Callable[[], object] = lambda: None,
     ) -> Identity | Deferred[Identity]:
-        """Authenticate the client that sent a request; ``certificate`` returns the certificate that TLS has verified.
+        """Authenticate the client that sent a request.
 
-        Raises, or fails with, ``RequestRefusedError``.
+        ``certificate`` returns the certificate that TLS has verified, ``local_address`` the address at which the
+        connection was accepted. Raises, or fails with, ``RequestRefusedError``.
         """
         origin = request.headers.get("origin")
-        if origin is not None and not self._origins.is_allowed(origin):
-            raise RequestRefusedError(403, "origin", f"pages of the origin {safe_repr(origin)} may not connect here")
+        if origin is not None:
+            self._check_origin(origin, local_address)
         credentials = Credentials(extract_token(request), parse_client_id(request.query), certificate)
         try:
             identity = self._authenticator.authenticate(credentials)
         except AuthenticationError as e:
             raise _to_refused_error(e) from None
         return identity.addErrback(_refuse_failed_authentication) if isinstance(identity, Deferred) else identity
+
+    def _check_origin(self, origin: str, local_address: Callable[[], object]) -> None:
+        """Raise ``RequestRefusedError`` for the origin of a page that may not connect."""
+        if self._origins.is_allowed(origin) or self.own_origins.includes(origin, local_address()):
+            return
+        pattern = suggest_pattern(origin)
+        remedy = "" if pattern is None else f"; --origin {pattern} would let them in"
+        raise RequestRefusedError(
+            403, "origin", f"pages of the origin {safe_repr(origin)} may not connect here{remedy}"
+        )
 
 
 def _refuse_failed_authentication(failure: Failure) -> NoReturn:

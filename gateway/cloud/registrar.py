@@ -260,6 +260,11 @@ class DnsRegistrar:
             f"DNS: {name}: cleaning up the records of other nodes", self._maintain, clock, metrics, uniform
         )
 
+    @property
+    def name(self) -> str:
+        """The DNS name of the fleet."""
+        return self._name
+
     def start(self) -> None:
         """Announce this node, in the background."""
         self._should_be_announced = True

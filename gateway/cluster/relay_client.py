@@ -41,6 +41,7 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from gateway.auth.bearer import is_bearer
 from gateway.clients.interface import ConnectRequest, IRelay
 from gateway.cluster.auth import PeerTLS
 from gateway.cluster.errors import PeerUnreachableError, RelayRefusedError
@@ -207,8 +208,6 @@ class RelayHandshake(TwistedProtocol):
 
 
 RELAY_PATH = "/v1/relay"
-#: prefix of the subprotocol that carries a client's token, which is not passed on to other nodes
-_BEARER_PREFIX = "wsgateway.bearer."
 #: errors that are not logged with a traceback
 _EXPECTED_ERRORS = (
     InvalidResponseError,
@@ -387,5 +386,5 @@ class _DialAttempt:
 
 
 def offered_subprotocols(request: ConnectRequest) -> tuple[str, ...]:
-    """Return the subprotocols that are offered to the other node for a client."""
-    return tuple(name for name in request.subprotocols if not name.startswith(_BEARER_PREFIX))
+    """Return the subprotocols that are offered to the other node for a client: without those that carry its token."""
+    return tuple(name for name in request.subprotocols if not is_bearer(name))

@@ -18,6 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from twisted.logger import Logger
 
+from gateway.net.errors import FileContentError
+
 #: value of ``sslmethod``, as Twisted names them -> maximum version; the minimum is TLS 1.2
 _MAX_VERSIONS = {
     "TLS_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
@@ -30,6 +32,7 @@ EXPIRY_WARNING_WINDOW = 14 * 86400
 
 #: seconds
 _DAY = 86400
+_DATE_FORMAT = "%Y-%m-%d %H:%M UTC"
 #: from Python 3.10 on, if OpenSSL supports it
 _PARTIAL_CHAIN = ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
 
@@ -66,7 +69,7 @@ class Certificates:
         ``extra_chain``. Without ``chain`` they are in the file of the key. With ``client_cas`` clients are asked for a
         certificate signed by one of these CAs; unless ``required``, a client may present none.
 
-        Raises ``ValueError`` or ``OSError`` if a file cannot be used.
+        Raises ``FileContentError`` or ``OSError`` if a file cannot be used, and ``ValueError`` for another ``method``.
         """
         if method not in _MAX_VERSIONS:
             raise ValueError(f"sslmethod={method} is not one of {', '.join(_MAX_VERSIONS)}")
@@ -89,6 +92,11 @@ class Certificates:
     def expires_at(self) -> float:
         """Expiry time of the server's certificate, in seconds since 1970."""
         return self.chain[0].not_valid_after_utc.timestamp()
+
+    @property
+    def valid_from(self) -> float:
+        """Time from which the server's certificate is valid, in seconds since 1970."""
+        return self.chain[0].not_valid_before_utc.timestamp()
 
     def load(self) -> None:
         """Read the files again, for new connections. If that raises, nothing changes."""
@@ -139,7 +147,7 @@ class Certificates:
 
 
 class CertificateReloader:
-    """Reload the certificates of all endpoints of a node, and warn of those that expire."""
+    """Reload the certificates of all endpoints of a node, and warn of those that expire or are not valid yet."""
 
     def __init__(
         self,
@@ -161,7 +169,7 @@ class CertificateReloader:
             "Expiry time of the endpoint certificate that expires first, in seconds since 1970.",
             self.first_expiry,
         )
-        self._warn_if_expiring(option, certificates)
+        self._warn_of_validity(option, certificates)
 
     def reload(self) -> bool:
         """Read all files again.
@@ -180,7 +188,7 @@ class CertificateReloader:
                     problem=describe_file_error(e),
                 )
                 succeeded = False
-            self._warn_if_expiring(option, certificates)
+            self._warn_of_validity(option, certificates)
         self._on_reload()
         return succeeded
 
@@ -192,15 +200,23 @@ class CertificateReloader:
         """Return the certificates that this node presents to peers: of the first mutual TLS ``--backend`` endpoint."""
         return next((item for option, item in self._certificates if option == "backend" and item.is_mutual), None)
 
-    def _warn_if_expiring(self, option: str, certificates: Certificates) -> None:
-        remaining = certificates.expires_at - self._wall_clock()
+    def _warn_of_validity(self, option: str, certificates: Certificates) -> None:
+        now, path = self._wall_clock(), certificates.certificate_path
+        if certificates.valid_from > now:
+            date = certificates.chain[0].not_valid_before_utc.strftime(_DATE_FORMAT)
+            text = (
+                "--{option}: the certificate in {path} is not valid before {date}, and clients refuse it until then; "
+                "use one that is valid, or correct the clock of this machine"
+            )
+            _log.warn(text, option=option, path=path, date=date)
+        remaining = certificates.expires_at - now
         if remaining > EXPIRY_WARNING_WINDOW:
             return
-        date = certificates.chain[0].not_valid_after_utc.strftime("%Y-%m-%d %H:%M UTC")
+        date = certificates.chain[0].not_valid_after_utc.strftime(_DATE_FORMAT)
         text = "--{option}: the certificate in {path} expires in {days} days, on {date}; renew it, then send SIGHUP"
         if remaining <= 0:
             text = "--{option}: the certificate in {path} expired on {date}; renew it, then send SIGHUP"
-        _log.warn(text, option=option, path=certificates.certificate_path, days=int(remaining // _DAY), date=date)
+        _log.warn(text, option=option, path=path, days=int(remaining // _DAY), date=date)
 
 
 def describe_file_error(e: Exception) -> str:
@@ -225,13 +241,13 @@ def _read_key(path: str) -> bytes:
 
 
 def _parse_certificates(path: str, content: bytes) -> list[x509.Certificate]:
-    """Parse the certificates in a file. Raises ``ValueError`` if there is none, or one cannot be read."""
+    """Parse the certificates in a file. Raises ``FileContentError`` if there is none, or one cannot be read."""
     if b"-----BEGIN CERTIFICATE-----" not in content:
-        raise ValueError(f"{path} has no certificate")
+        raise FileContentError(f"{path} has no certificate")
     try:
         return x509.load_pem_x509_certificates(content)
     except ValueError:
-        raise ValueError(f"{path} cannot be used: a certificate in it cannot be read") from None
+        raise FileContentError(f"{path} cannot be used: a certificate in it cannot be read") from None
 
 
 @contextlib.contextmanager
@@ -244,19 +260,22 @@ def _memory_file(content: bytes) -> Iterator[str]:
 
 
 def _load_files(paths: Iterable[str], load: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Let OpenSSL read files. Raises ``ValueError`` with their names, which OpenSSL's errors lack."""
+    """Let OpenSSL read files. Raises ``FileContentError`` with their names, which OpenSSL's errors lack."""
     try:
         load(*args, **kwargs)
     except _EncryptedKeyError:
-        raise ValueError(f"{' and '.join(paths)} cannot be used: the key is encrypted; it must not be") from None
+        raise FileContentError(f"{' and '.join(paths)} cannot be used: the key is encrypted; it must not be") from None
     except ssl.SSLError as e:
         reason = _OPENSSL_REASONS.get(e.reason or "", e.reason or str(e))
-        raise ValueError(f"{' and '.join(paths)} cannot be used: {reason}") from None
+        raise FileContentError(f"{' and '.join(paths)} cannot be used: {reason}") from None
 
 
 #: reason of OpenSSL -> explanation
 _OPENSSL_REASONS = {
     "KEY_VALUES_MISMATCH": "the key does not match the certificate",
+    # OpenSSL keeps one certificate for each kind of key, and finds none for this kind.
+    "NO_CERTIFICATE_ASSIGNED": "the key is of another kind than that of the certificate, such as RSA instead of EC",
+    "KEY_TYPE_MISMATCH": "the key is of another kind than that of the certificate, such as RSA instead of EC",
     "NO_START_LINE": "it contains no such object in PEM format",
 }
 

@@ -13,6 +13,7 @@ With the prefix ``haproxy:`` every connection begins with a PROXY header, before
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -31,6 +32,7 @@ from twisted.logger import Logger
 from gateway.metrics import Metrics
 from gateway.net import tls
 from gateway.net.certificates import CertificateReloader, describe_file_error
+from gateway.net.errors import FileContentError
 from gateway.net.proxy_protocol import ProxyHeaderErrors, ProxyProtocolEndpoint
 from gateway.net.tls import TLSHandshakeErrors
 from gateway.settings import ConfigError, Settings
@@ -41,6 +43,7 @@ MIN_BACKLOG = 1024
 _PROXY_PREFIX = "haproxy:"
 _REUSEPORT = re.compile(r"(?<!\\):reuseport=([^:]*)")
 _REUSEPORT_KINDS = ("tcp:", "tcp6:", "ssl:", "mtls:")
+_FUNCTION_NAME = re.compile(r"^[\w.]+\(\) (?:got |takes )?")
 _INHERITED_KINDS = ("fd:", "systemd:")
 #: offset of tcpi_sacked in struct tcp_info (tcp(7)): for a listening socket, the maximum length of its queue
 _TCPI_SACKED_OFFSET = 28
@@ -108,28 +111,65 @@ async def _listen_one(
     try:
         port: IListeningPort = await endpoint.listen(factory)
     except CannotListenError as e:
-        reason = getattr(e.socketError, "strerror", None) or str(e.socketError)
-        raise ConfigError(
-            option, f"{description} cannot be bound: {reason}; choose another port, or stop the process that uses it"
-        ) from None
+        raise _bind_error(option, description, e.socketError) from None
     except OSError as e:
-        raise ConfigError(option, f"{description} cannot be bound: {e.strerror or e}") from None
+        raise _bind_error(option, description, e) from None
     except Exception as e:  # noqa: BLE001 - such as a port beyond 65535
         raise invalid_endpoint_error(option, description, e) from None
     return port
 
 
+#: error of bind(2) -> remedy
+_BIND_REMEDIES = {
+    errno.EADDRINUSE: "choose another port, or stop the process that uses it",
+    errno.EADDRNOTAVAIL: "interface= must be an address of this machine",
+    errno.EACCES: "a port below 1024 needs the capability CAP_NET_BIND_SERVICE (of systemd: "
+    "AmbientCapabilities=CAP_NET_BIND_SERVICE), or choose a port of 1024 or more",
+}
+
+
+def _bind_error(option: str, description: str, error: object) -> ConfigError:
+    """Make the error for an endpoint that cannot be bound. ``error`` is that of the socket."""
+    number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+    remedy = _BIND_REMEDIES.get(number, "") if isinstance(number, int) else ""
+    if description.removeprefix(_PROXY_PREFIX).startswith("unix:"):
+        remedy = "let this user write to its folder" if number == errno.EACCES else ""
+    return ConfigError(option, f"{description} cannot be bound: {reason}" + (remedy and f"; {remedy}"))
+
+
 def invalid_endpoint_error(option: str, description: str, error: Exception) -> ConfigError:
     """Make the error for an endpoint string that Twisted cannot parse or bind."""
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, FileContentError) or (isinstance(error, OSError) and error.filename):
         return ConfigError(option, f"{description}: {describe_file_error(error)}")
-    reason = " ".join(str(error).split()) or type(error).__name__
+    escaped = _escape_address(description)
+    if escaped is not None:
+        problem = "each colon of an address needs a backslash"
+        return ConfigError(option, f"{description!r} is not a valid endpoint: {problem}; write '{escaped}'")
+    # Without the name of Twisted's function.
+    reason = _FUNCTION_NAME.sub("", " ".join(str(error).split())) or type(error).__name__
     example, inner = "tcp:8080:interface=127.0.0.1", description.removeprefix(_PROXY_PREFIX)
     if tls.is_tls(inner):
         clients = ":clientCAs=ca.pem" if inner.startswith("mtls:") else ""
         kind = description[: -len(inner)] + inner.partition(":")[0]
         example = f"{kind}:8443:privateKey=key.pem:certKey=cert.pem{clients}:backlog=4096, with your own files"
     return ConfigError(option, f"{description!r} is not a valid endpoint ({reason}); write for example {example}")
+
+
+def _escape_address(description: str) -> str | None:
+    """Return an endpoint string with the colons of an IPv6 address in ``interface=`` escaped, as Twisted requires.
+
+    Returns ``None`` if there is no such address.
+    """
+    before, name, rest = description.partition(":interface=")
+    parts = rest.split(":")
+    for length in range(len(parts), 1, -1):
+        address = ":".join(parts[:length]).removeprefix("[").removesuffix("]")
+        try:
+            ipaddress.IPv6Address(address)
+        except ValueError:
+            continue
+        return ":".join([before + name + address.replace(":", r"\:"), *parts[length:]])
+    return None
 
 
 def _parse_endpoint(
@@ -340,6 +380,13 @@ def exposed_address(port: IListeningPort) -> str:
         return ""
     host = address.host.partition("%")[0]
     return "" if ipaddress.ip_address(host).is_loopback else f"{address.host}:{address.port}"
+
+
+def loopback_url(description: str, port: IListeningPort) -> str:
+    """Return the URL of a port at which only clients of this machine connect, and directly; or an empty string."""
+    if description.startswith(_PROXY_PREFIX) or exposed_address(port):
+        return ""
+    return port_url(description, port)[0]
 
 
 def port_url(description: str, port: IListeningPort) -> tuple[str, bool]:

@@ -2,6 +2,9 @@
 
 * :exc:`InvalidProxyHeaderError`
 * :exc:`FetchError`
+* ``ValueError``
+
+  * :exc:`FileContentError`
 * :exc:`ResponseTooLargeError`
 * ``OpenSSL.SSL.Error``
 
@@ -15,6 +18,10 @@ from OpenSSL import SSL
 
 class InvalidProxyHeaderError(Exception):
     """The bytes received are not a PROXY header. The message gives the reason and contains nothing of these bytes."""
+
+
+class FileContentError(ValueError):
+    """A file of a TLS endpoint cannot be used. The message names it, and is one line."""
 
 
 class ResponseTooLargeError(Exception):

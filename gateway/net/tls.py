@@ -67,7 +67,10 @@ def describe_tls_error(e: BaseException | None) -> str:
     errors = e.args[0] if e.args else ()
     reason = errors[-1][2] if isinstance(errors, (list, tuple)) and errors else "connection closed"
     if reason == "certificate verify failed":
-        return f"its certificate has expired, or no trusted CA has signed it ({reason}); is SSL_CERT_FILE required?"
+        return (
+            "its certificate has expired or is not valid yet, or no trusted CA has signed it "
+            f"({reason}); is SSL_CERT_FILE required?"
+        )
     return f"TLS failed ({reason})"
 
 

@@ -21,6 +21,14 @@ class ParseTests(SynchronousTestCase):
         self.assertEqual(parse_algorithms("jwt", "HS256,HS512"), ("HS256", "HS512"))
         self.assertEqual(parse_algorithms("jwks", ",".join(DEFAULT_ALGORITHMS)), DEFAULT_ALGORITHMS)
 
+    def test_names_of_eddsa(self) -> None:
+        """RFC 9864: EdDSA may be either, and an issuer may change to the name of its own."""
+        self.assertEqual(parse_algorithms("jwt", "ES256,EdDSA"), ("ES256", "EdDSA", "Ed25519", "Ed448"))
+        self.assertEqual(parse_algorithms("jwt", "Ed448,EdDSA"), ("Ed448", "EdDSA", "Ed25519"))
+        self.assertEqual(parse_algorithms("jwt", "Ed25519"), ("Ed25519",))
+        for name in ("EdDSA", "Ed25519", "Ed448"):
+            self.assertIn(name, DEFAULT_ALGORITHMS)
+
     def test_none_is_not_an_algorithm(self) -> None:
         for text in ("none", "None", "NONE", "RS256,none"):
             self.assertIn("anyone could make a token without a signature", self.refused(text))

@@ -17,12 +17,14 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
+from gateway.auth.algorithms import parse_algorithms
 from gateway.auth.interface import MAX_TOKEN_LENGTH, Identity, ITokenVerifier
 from gateway.auth.jwt import JwtVerifier
 from gateway.settings import ConfigError
 from tests.builders.tokens import (
     EC,
     EC384,
+    ED448,
     ED25519,
     NOW,
     OTHER_EC,
@@ -72,6 +74,19 @@ class SignatureTests(JwtTestCase):
         for algorithm in algorithms:
             key = signers.get(algorithm) or signers[algorithm[0]]
             self.assertEqual(verify(verifier, sign(key, algorithm)), ROBOT, algorithm)
+
+    def test_names_of_eddsa(self) -> None:
+        """RFC 9864. Signed without PyJWT, which may not know these names."""
+        for key, own, other in ((ED25519, "Ed25519", "Ed448"), (ED448, "Ed448", "Ed25519")):
+            verifier = self.make(pem(key), *parse_algorithms("jwt", "EdDSA"))
+            strict = self.make(pem(key), own)
+            for name, accepted, accepted_by_name in (("EdDSA", True, False), (own, True, True), (other, False, False)):
+                signed = raw_token({"alg": name}, {"sub": "robot-7"}).rpartition(".")[0]
+                signature = base64.urlsafe_b64encode(key.sign(signed.encode())).rstrip(b"=").decode()
+                token = f"{signed}.{signature}"
+                self.assertEqual(verify(verifier, token), ROBOT if accepted else None)
+                self.assertEqual(verify(strict, token), ROBOT if accepted_by_name else None)
+                self.assertIsNone(verify(verifier, f"{token[:-4]}AAAA"))
 
     def test_secrets(self) -> None:
         verifier = self.make(SECRET + b"\n", "HS256", "HS384")

@@ -15,7 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.auth.algorithms import DEFAULT_ALGORITHMS
 from gateway.auth.keys import MAX_KEYS, KeySet, VerificationKey, parse_jwks, read_key_file
 from gateway.settings import ConfigError
-from tests.builders.tokens import EC, EC384, ED25519, RSA, jwk, jwks, pem, private_pem
+from tests.builders.tokens import EC, EC384, ED448, ED25519, RSA, jwk, jwks, pem, private_pem
 
 ALL_OF_RSA = {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
 FIELDS = ("kty", "crv", "kid", "n", "e", "x", "y", "d", "k", "use", "key_ops", "alg")
@@ -126,12 +126,25 @@ class SetTests(SynchronousTestCase):
             jwks(jwk(RSA, "r"), jwk(EC, "e", use="sig", extra=[1]), jwk(ED25519), jwk(EC384, "x")), DEFAULT_ALGORITHMS
         )
         self.assertEqual([key.kid for key in keyset.keys], ["r", "e", None, "x"])
-        self.assertEqual([set(key.algorithms) for key in keyset.keys], [ALL_OF_RSA, {"ES256"}, {"EdDSA"}, {"ES384"}])
+        self.assertEqual(
+            [set(key.algorithms) for key in keyset.keys], [ALL_OF_RSA, {"ES256"}, {"EdDSA", "Ed25519"}, {"ES384"}]
+        )
         self.assertEqual(keyset.left_out, "")
 
     def test_a_key_for_one_algorithm(self) -> None:
         keyset = parse_jwks(jwks(jwk(RSA, alg="PS256", key_ops=["verify"])), ("RS256", "PS256"))
         self.assertEqual(keyset.keys[0].algorithms, {"PS256"})
+
+    def test_names_of_eddsa(self) -> None:
+        """RFC 9864: a key is for tokens with either name of its algorithm."""
+        for key, own in ((ED25519, "Ed25519"), (ED448, "Ed448")):
+            for named in ({}, {"alg": "EdDSA"}, {"alg": own}):
+                keyset = parse_jwks(jwks(jwk(key, **named)), DEFAULT_ALGORITHMS)
+                self.assertEqual([set(each.algorithms) for each in keyset.keys], [{"EdDSA", own}])
+                keyset = parse_jwks(jwks(jwk(key, **named)), ("ES256", own))
+                self.assertEqual([set(each.algorithms) for each in keyset.keys], [{own}])
+        wrong = jwk(ED25519, alg="Ed448"), jwk(ED448, alg="Ed25519"), jwk(EC, alg="Ed25519")
+        self.assertEqual(self.left_out(*wrong), "3 for other algorithms")
 
     def test_unusable_keys_are_left_out(self) -> None:
         public = jwk(RSA)

@@ -115,10 +115,38 @@ class RefusalMetricsTests(SynchronousTestCase):
         self.refused(auth, sign(EC, "ES256", iss="I", aud="B"))
         self.assertEqual(self.metrics.token_refusals, {"audience": 1})
 
-    def test_tokens_of_a_file_have_no_reason(self) -> None:
+    def test_tokens_of_a_file(self) -> None:
         auth = self.make("tokens:/dev/null")
-        self.assertEqual(self.refused(auth, "opaque"), "this token is not known here")
-        self.assertEqual(self.metrics.token_refusals, {})
+        with capturedLogs() as logs:
+            self.assertEqual(self.refused(auth, "opaque-secret"), "this token is not known here")
+            self.assertRaises(TokenRefusedError, auth.renew, "opaque-secret", "robot-7")
+        self.assertEqual(self.metrics.token_refusals, {"unknown_token": 2})
+        (line,) = [event["log_format"].format(**event) for event in logs if "refused" in event["log_format"]]
+        self.assertEqual(
+            line, "a token or certificate was refused: no line of the file has this token (--auth tokens:/dev/null)"
+        )
+
+    def test_a_token_of_neither_kind(self) -> None:
+        """It is no JSON Web Token, so the file is where it should be."""
+        for specs in (("tokens:/dev/null", self.file(EC)), (self.file(EC), "tokens:/dev/null")):
+            self.metrics.token_refusals.clear()
+            auth = self.make(*specs)
+            self.refused(auth, "opaque")
+            self.assertEqual(self.metrics.token_refusals, {"unknown_token": 1})
+            self.refused(auth, sign(OTHER_EC, "ES256"))
+            self.assertEqual(self.metrics.token_refusals, {"unknown_token": 1, "signature": 1})
+
+    def test_a_token_that_is_too_long(self) -> None:
+        for spec in ("tokens:/dev/null", self.file(EC)):
+            self.metrics.token_refusals.clear()
+            self.assertEqual(self.refused(self.make(spec), "x" * 8193), "this token is not known here")
+            self.assertEqual(self.metrics.token_refusals, {"too_long": 1})
+
+    def test_no_token(self) -> None:
+        for spec in ("tokens:/dev/null", self.file(EC)):
+            self.metrics.token_refusals.clear()
+            self.refused(self.make(spec), None, "robot-7")
+            self.assertEqual(self.metrics.token_refusals, {"no_token": 1})
 
     def test_certificates(self) -> None:
         auth = self.make("mtls")

@@ -11,6 +11,7 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.auth import token_file as tokens_module
+from gateway.auth.errors import VerificationError
 from gateway.auth.token_file import TokenFile
 from gateway.settings import ConfigError
 
@@ -20,8 +21,11 @@ def digest(token: str) -> str:
 
 
 def subject(tokens: TokenFile, token: str) -> str | None:
-    identity = tokens.verify(token)
-    return None if identity is None else identity.client_id
+    """Return the client_id of a token, or ``None`` if it is not known."""
+    try:
+        return tokens.verify(token).client_id
+    except VerificationError:
+        return None
 
 
 class TokenFileTest(SynchronousTestCase):
@@ -47,6 +51,12 @@ class TokenFileTest(SynchronousTestCase):
             found, {"one": "a", "two": "b/2", "three": "c", "four": "a", "five": None, "": None, "\xe9": None}
         )
         self.assertEqual(len(tokens), 4)
+
+    def test_an_unknown_token(self) -> None:
+        path = self.write(f"a {digest('one')}")
+        error = self.assertRaises(VerificationError, TokenFile(path).verify, "two")
+        self.assertEqual((error.reason, error.source), ("unknown_token", f"--auth tokens:{path}"))
+        self.assertNotIn("two", str(error))
 
     def test_a_digest_is_not_accepted_as_a_token(self) -> None:
         self.assertIsNone(subject(TokenFile(self.write(f"a {digest('one')}")), digest("one")))

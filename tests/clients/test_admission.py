@@ -122,7 +122,7 @@ class RouteTest(AdmissionTestCase):
         url = "ws://192.0.2.2/v1/connect?client_id=a&wsgateway_hop=1"
         self.router.decision = RouteDecision(url=url)
         client = self.connect(
-            "client_id=a", ("Wsgateway-Redirect", "1"), ("Sec-WebSocket-Protocol", "x, wsgateway.bearer.T")
+            "client_id=a", ("Wsgateway-Redirect", "1"), ("Sec-WebSocket-Protocol", "x, wsgateway.bearer64.VA")
         )
         self.fail_held_elsewhere()
         status, word, headers = client.refusal()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import socket
 from typing import Any
@@ -9,7 +10,7 @@ from urllib.parse import quote
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from twisted.internet.address import UNIXAddress
+from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.interfaces import ISSLTransport
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides, providedBy
@@ -164,6 +165,44 @@ class IdentityTest(EndpointTestCase):
             node, "a", "/v1/connect", Authorization="Bearer secret", Sec_WebSocket_Protocol="wsgateway.bearer.secret"
         )
 
+    def test_token_in_base64url(self) -> None:
+        """For tokens that browsers do not take as a subprotocol: ``a/b=`` is ``YS9iPQ``."""
+        tokens = self.tokens(a="a/b=", b="x" * 8192, c="x" * 8193)
+        node = FakeNode((tokens,))
+        for offered in ("wsgateway.jsonrpc.v1, wsgateway.bearer64.YS9iPQ", "wsgateway.bearer64.YS9iPQ"):
+            head = self.assert_opens(node, "a", "/v1/connect?client_id=a", Sec_WebSocket_Protocol=offered)
+            self.assertNotIn(b"bearer", head)
+        for length, client_id in ((8192, "b"), (8193, "")):
+            offered = "wsgateway.bearer64." + base64.urlsafe_b64encode(b"x" * length).decode().rstrip("=")
+            if client_id:
+                self.assert_opens(node, client_id, "/v1/connect", Sec_WebSocket_Protocol=offered)
+        self.assert_refused(FakeNode((tokens,)), 401, "token", "/v1/connect", Sec_WebSocket_Protocol=offered)
+
+    def test_base64url_that_is_refused(self) -> None:
+        node = FakeNode((self.tokens(a="a/b="), "none"))
+        for encoded in ("YS9iPQ==", "YS9iPR", "YS9+PQ", "YS9i.PQ", "Y", "YSBi", "w6k"):
+            for target in ("/v1/connect", "/v1/connect?client_id=a"):
+                offered = f"wsgateway.jsonrpc.v1, wsgateway.bearer64.{encoded}"
+                client = self.connect(node, target, Sec_WebSocket_Protocol=offered)
+                self.assertEqual(client.refusal()[:2], (400, "header"))
+                self.assertIn("the token behind wsgateway.bearer64. ", client.refusal_message)
+                self.assertNotIn(f"bearer64.{encoded}", client.refusal_message)
+
+    def test_base64url_is_the_only_credential(self) -> None:
+        node = FakeNode((self.tokens(a="secret", b="other"),))
+        mine = "wsgateway.bearer64.c2VjcmV0"
+        for headers in (
+            {"Sec_WebSocket_Protocol": mine, "Authorization": "Bearer secret"},
+            {"Sec_WebSocket_Protocol": mine, "Authorization": "Bearer other"},
+            {"Sec_WebSocket_Protocol": mine, "Authorization": "Basic c2VjcmV0"},
+            {"Sec_WebSocket_Protocol": mine, "Authorization": ""},
+            {"Sec_WebSocket_Protocol": f"{mine}, wsgateway.bearer.secret"},
+            {"Sec_WebSocket_Protocol": f"wsgateway.bearer.other, {mine}"},
+            {"Sec_WebSocket_Protocol": f"{mine}, wsgateway.bearer64.b3RoZXI"},
+        ):
+            self.assert_refused(node, 400, "header", "/v1/connect", **headers)
+        self.assert_refused(node, 400, "upgrade", "/v1/connect", Sec_WebSocket_Protocol=f"{mine}, {mine}")
+
     def test_different_tokens(self) -> None:
         node = FakeNode((self.tokens(a="secret", b="other"),))
         for headers in (
@@ -209,6 +248,39 @@ class IdentityTest(EndpointTestCase):
 
     def test_no_browser_without_a_pattern(self) -> None:
         self.assert_refused(FakeNode(), 403, "origin", "/v1/connect?client_id=a", Origin="http://192.0.2.1:8080")
+
+    def test_own_origin(self) -> None:
+        """Some libraries send it; the Host header does not make an origin the node's own."""
+        node = FakeNode(public_url="wss://gw.example.com")
+        node.factory.own_origins.add_dns_name("fleet.example.com")
+        for origin in ("https://gw.example.com", "https://fleet.example.com:443"):
+            self.assert_opens(node, "a", "/v1/connect?client_id=a", Origin=origin)
+        # That of the Host header.
+        self.assert_refused(FakeNode(), 403, "origin", "/v1/connect?client_id=b", Origin="http://gw.example.com")
+
+    def test_own_origin_of_a_loopback_port(self) -> None:
+        node = FakeNode()
+        node.factory.own_origins.add_loopback_url("ws://127.0.0.1:8080")
+        clients = []
+        for local in ("127.0.0.1", "192.0.2.7"):
+            transport = FakeTransport()
+            transport.hostAddr = IPv4Address("TCP", local, 8080)
+            clients.append(FakeClient(node.factory, transport))
+            clients[-1].send(build_request(extra=(("Origin", "http://localhost:8080"),)))
+        clients[0].expect_open()
+        self.assertEqual(clients[1].refusal()[:2], (403, "origin"))
+
+    def test_the_refusal_names_the_option(self) -> None:
+        for origin, remedy in (
+            ("https://App.example.com:443", "; --origin https://app.example.com would let them in"),
+            ("null", "; --origin null would let them in"),
+            ("https://*.com", ""),
+            ("https://a.com/`reboot`", ""),
+        ):
+            client = self.connect(FakeNode(), Origin=origin)
+            self.assertEqual(client.refusal()[:2], (403, "origin"))
+            expected = f"pages of the origin {origin!r} may not connect here{remedy}"
+            self.assertEqual(client.refusal_message, expected)
 
     def test_origin_comes_before_identity(self) -> None:
         node = FakeNode((self.tokens(a="secret"),))

@@ -249,7 +249,7 @@ class RelayRequestTest(TwoNodesCase):
         request = ConnectRequest(
             "a/b+c=",
             "[2001:db8::1]:4711",
-            subprotocols=("wsgateway.jsonrpc.v1", "wsgateway.bearer.TOP.SECRET", "other"),
+            subprotocols=("wsgateway.jsonrpc.v1", "wsgateway.bearer.TOP.SECRET", "wsgateway.bearer64.SECRET", "other"),
         )
         await self.assertFailure(self.relay_dialer.dial(request, A, self.peer_url + "/prefix", 5), PeerUnreachableError)
         first, *lines = connections[0].received[:-4].decode("ascii").split("\r\n")

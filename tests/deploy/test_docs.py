@@ -17,6 +17,18 @@ class Page(DeployTestCase):
         self.assertGreater(len(named), 15)
         self.assertEqual([name for name in named if not (ROOT / name).exists()], [])
 
+    def test_all_ways_to_install_have_the_extras_of_every_way_to_authenticate(self) -> None:
+        installs = [
+            (path.name, set(found.split(",")))
+            for path in (ROOT / "docs/deploy.rst", DEPLOY / "aws/wsgateway.yaml", DEPLOY / "docker/Dockerfile")
+            for found in re.findall(r"pip (?:install|wheel)[^\n]* '(?:\.|wsgateway)\[([a-z,]+)\]'", path.read_text())
+        ]
+        self.assertEqual(len(installs), 5)
+        for name, extras in installs:
+            self.assertLessEqual({"mysql", "jwt"}, extras, name)
+            # On AWS, Route 53 is the name server.
+            self.assertTrue(extras in ({"mysql", "aws", "jwt"}, {"mysql", "aws", "dns", "jwt"}), name)
+
     def test_every_folder_is_documented(self) -> None:
         for folder in DEPLOY.iterdir():
             self.assertIn(f"``deploy/{folder.name}``", TEXT)

@@ -237,7 +237,8 @@ class FakeClient:
         return head
 
     def refusal(self) -> tuple[int, str, dict[str, str]]:
-        """Return the status, error word and headers of a refusal, after checking its format."""
+        """Return the status, error word and headers of a refusal, after checking its format. Its message is kept as
+        :attr:`refusal_message`."""
         head, _, body = self.transport.pop_written().partition(b"\r\n\r\n")
         status, *lines = head.decode("ascii").split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
@@ -246,7 +247,8 @@ class FakeClient:
         assert headers["Content-Type"] == "application/json"
         error = json.loads(body)
         assert set(error) == {"error", "message"}
-        assert error["message"].isprintable()
+        self.refusal_message: str = error["message"]
+        assert self.refusal_message.isprintable()
         return int(status.split(" ")[1]), error["error"], headers
 
     def frames(self) -> list[tuple[int, bytes]]:

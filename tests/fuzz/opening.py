@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import re
 from typing import Any
@@ -20,9 +21,10 @@ from urllib.parse import unquote_to_bytes
 import attrs
 from autobahn.websocket.protocol import parseHttpHeader
 
+from gateway.auth.bearer import BASE64_PREFIX, PREFIX, decode_bearer64
 from gateway.auth.errors import IdentityMismatchError, TokenRefusedError
 from gateway.auth.interface import Credentials, Identity, is_client_id
-from gateway.clients.endpoint import BEARER_PREFIX, extract_token
+from gateway.clients.endpoint import extract_token
 from gateway.clients.health_check import health_response
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, encode_refusal, find_request_head, parse_request
@@ -254,7 +256,14 @@ def _said(body: bytes) -> tuple[str, str]:
 
 
 def _check_no_token(data: bytes, request: HandshakeRequest, message: str) -> None:
-    tokens = {name[len(BEARER_PREFIX) :] for name in request.subprotocols if name.startswith(BEARER_PREFIX)}
+    tokens = {name[len(PREFIX) :] for name in request.subprotocols if name.startswith(PREFIX)}
+    for name in request.subprotocols:
+        if name.startswith(BASE64_PREFIX):
+            encoded = name[len(BASE64_PREFIX) :]
+            tokens.add(encoded)
+            with contextlib.suppress(ValueError):
+                token = decode_bearer64(encoded)
+                assert len(token) < 8 or token.encode() in data or token not in message
     tokens.add(request.headers.get("authorization", "").partition(" ")[2].strip())
     for token in tokens:
         # A token that is elsewhere in the request as well is not a secret.

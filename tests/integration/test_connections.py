@@ -133,7 +133,11 @@ async def test_tokens(start: Callable[..., Node], tmp_path: Path) -> None:
     offered = ["wsgateway.jsonrpc.v1", "wsgateway.bearer.secret"]
     async with websockets.connect(node.url, subprotocols=offered) as browser:
         assert browser.subprotocol == "wsgateway.jsonrpc.v1"
+    node.headers = mine
+    assert await node.metric('wsgateway_token_refusals_total{reason="no_token"}') == 1
+    assert await node.metric('wsgateway_token_refusals_total{reason="unknown_token"}') == 1
     log = node.log.read_text()
+    assert "a token or certificate was refused: no token was presented" in log
     assert "secret" not in log.replace("backend-secret", "secret")
 
 

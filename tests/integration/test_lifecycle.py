@@ -240,8 +240,40 @@ def test_daemon_that_cannot_start_reports_the_error(tmp_path: Path, named: str) 
             timeout=60,
         )
     assert daemon.returncode != 0
-    assert named.encode() in daemon.stderr
+    # The whole error, and where the log is; twistd adds the start of the error.
+    line, *_ = daemon.stderr.decode().splitlines()
+    assert line.startswith(f"wsgateway: {named}: ")
+    assert line.endswith(f"; the log is {tmp_path / 'd.log'}")
+    assert line.removesuffix(f"; the log is {tmp_path / 'd.log'}") in (tmp_path / "d.log").read_text()
     assert not (tmp_path / "d.pid").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "--pidfile: twistd cannot write {}/twistd.pid: "),
+        (("--nodaemon",), "--pidfile: twistd cannot write {}/twistd.pid: "),
+        (("--pidfile=",), "--logfile: twistd cannot write {}/twistd.log: "),
+        (("--nodaemon", "--pidfile="), "--registry: {}/wsgateway.sqlite cannot be written "),
+    ],
+)
+def test_a_folder_that_cannot_be_written(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    tmp_path.chmod(0o555)
+    # Root can write anywhere, unless it has no capabilities.
+    powerless = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
+    any_port = "tcp:0:interface=127.0.0.1:backlog=4096"
+    twistd = subprocess.run(
+        [*powerless, *TWISTD, *options, "wsgateway", "--listen", any_port, "--backend", any_port],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    (line,) = twistd.stderr.decode().splitlines()
+    assert line.startswith(f"wsgateway: {said.format(tmp_path)}")
+    assert twistd.returncode == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_daemon_starts_and_ends(start: Callable[..., Node]) -> None:

@@ -23,6 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gateway.net import certificates as module
 from gateway.net.certificates import EXPIRY_WARNING_WINDOW, CertificateReloader, Certificates
+from gateway.net.errors import FileContentError
 from tests.builders.tls import CA, CHAIN, KEY, LEAF, FilesTestCase, TLSPair, only_version
 
 
@@ -67,6 +68,19 @@ class LoadTests(FilesTestCase):
         other = trustme.CA().issue_cert("other.example").private_key_pem.bytes()
         with self.assertRaisesRegex(ValueError, "the key does not match the certificate"):
             Certificates(self.write_file(other), self.write_file(b"".join(CHAIN)))
+
+    def test_refuses_a_key_of_another_kind(self) -> None:
+        files = {}
+        for kind in (trustme.KeyType.RSA, trustme.KeyType.ECDSA):
+            issued = trustme.CA().issue_cert("node.example", key_type=kind)
+            files[kind] = [
+                self.write_file(issued.private_key_pem.bytes()),
+                self.write_file(b"".join(pem.bytes() for pem in issued.cert_chain_pems)),
+            ]
+        (rsa_key, rsa_chain), (ec_key, ec_chain) = files.values()
+        for key, chain in ((rsa_key, ec_chain), (ec_key, rsa_chain)):
+            with self.assertRaisesRegex(FileContentError, f"{chain} and {key} .*: the key is of another kind than"):
+                Certificates(key, chain)
 
     def test_refuses_an_invalid_certificate(self) -> None:
         rubbish = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
@@ -229,6 +243,17 @@ class CertificateReloaderTests(FilesTestCase):
         self.now = self.expires_at + 1
         (line,) = self.logged(self.reloader.reload)
         self.assertRegex(line, f"--listen: the certificate in {path} expired on .* UTC; renew")
+
+    def test_warns_of_a_certificate_that_is_not_valid_yet(self) -> None:
+        later = datetime.datetime(2031, 5, 5, tzinfo=datetime.timezone.utc)
+        issued = CA.issue_cert("b", not_before=later, not_after=later + datetime.timedelta(days=90))
+        with issued.private_key_and_cert_chain_pem.tempfile() as path:
+            os.chmod(path, 0o600)
+            self.now = later.timestamp() - 1
+            (line,) = self.logged(lambda: self.reloader.add("listen", Certificates(path)))
+            self.assertRegex(line, f"--listen: the certificate in {path} is not valid before 2031-05-05 00:00 UTC, and")
+            self.now += 1
+            self.assertEqual(self.logged(self.reloader.reload), [])
 
     def test_first_expiry(self) -> None:
         soon = datetime.datetime(2031, 5, 5, tzinfo=datetime.timezone.utc)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from typing import Any
@@ -14,6 +15,7 @@ from twisted.internet import reactor
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import _SystemdParser
+from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from twisted.internet.testing import MemoryReactorClock
@@ -123,6 +125,65 @@ class ListenTests(TestCase):
         ]:
             with self.assertRaisesRegex(ConfigError, problem):
                 await endpoints.listen("listen", [description], Factory(), reactor)
+
+    async def test_names_files_that_cannot_be_used(self) -> None:
+        """The endpoint string itself is valid."""
+        key, chain = self.mktemp(), self.mktemp()
+        trustme.CA().issue_cert("a.example", key_type=trustme.KeyType.RSA).private_key_pem.write_to_path(key)
+        trustme.CA().issue_cert("a.example").cert_chain_pems[0].write_to_path(chain)
+        description = f"ssl:0:privateKey={key}:certKey={chain}"
+        with self.assertRaises(ConfigError) as caught:
+            await endpoints.listen("listen", [description], Factory(), reactor)
+        self.assertRegex(
+            str(caught.exception),
+            f"^--listen: {description}: {chain} and {key} cannot be used: the key is of another kind than that of the",
+        )
+
+    async def test_names_the_escapes_of_an_address(self) -> None:
+        for description, escaped in (
+            ("tcp6:8080:interface=::1", r"tcp6:8080:interface=\:\:1"),
+            ("tcp:8080:interface=::1:backlog=4096", r"tcp:8080:interface=\:\:1:backlog=4096"),
+            ("haproxy:tcp6:8080:interface=2001:db8::7", r"haproxy:tcp6:8080:interface=2001\:db8\:\:7"),
+            ("tcp6:8080:backlog=4096:interface=::", r"tcp6:8080:backlog=4096:interface=\:\:"),
+            ("tcp6:8080:interface=::1:reuseport=yes", r"tcp6:8080:interface=\:\:1:reuseport=yes"),
+            ("tcp6:8080:interface=[::1]:backlog=1", r"tcp6:8080:interface=\:\:1:backlog=1"),
+        ):
+            with self.assertRaises(ConfigError) as caught:
+                await endpoints.listen("listen", [description], Factory(), reactor)
+            self.assertEqual(
+                str(caught.exception),
+                f"--listen: {description!r} is not a valid endpoint: each colon of an address needs a backslash; "
+                f"write '{escaped}'",
+            )
+        for description in (r"tcp6:0:interface=\:\:1", "tcp:8080:interface=127.0.0.1:x:y", "tcp:8080", "unix:/a:b"):
+            self.assertIsNone(endpoints._escape_address(description))
+
+    async def test_errors_do_not_name_functions(self) -> None:
+        for description in ("tcp:8080:interfce=127.0.0.1", "tcp:1:2:3:4:5", "ssl:1:nonsense=1", "unix:/a:b:c:d:e"):
+            with self.assertRaises(ConfigError) as caught:
+                await endpoints.listen("listen", [description], Factory(), reactor)
+            self.assertNotIn("()", str(caught.exception))
+
+    async def test_names_the_remedy_of_a_port_that_cannot_be_bound(self) -> None:
+        class Unable(MemoryReactorClock):
+            def listenTCP(self, port: int, *_: object, **__: object) -> Any:
+                raise CannotListenError("", port, OSError(self.errno, os.strerror(self.errno)))
+
+            def listenUNIX(self, *_: object, **__: object) -> Any:
+                raise CannotListenError("", "/x", OSError(self.errno, os.strerror(self.errno)))
+
+        for number, description, end in (
+            (errno.EACCES, "tcp:443", "Permission denied; a port below 1024 needs the capability CAP_NET_BIND_SERVICE"),
+            (errno.EACCES, "unix:/x/y", "Permission denied; let this user write to its folder$"),
+            (errno.ENOENT, "unix:/x/y", "No such file or directory$"),
+            (errno.EADDRINUSE, "tcp:443", "Address already in use; choose another port, or stop the process"),
+            (errno.EADDRNOTAVAIL, "tcp:443", "Cannot assign requested address; interface= must be an address of this"),
+            (errno.ENOBUFS, "tcp:443", "No buffer space available$"),
+        ):
+            unable = Unable()
+            unable.errno = number
+            with self.assertRaisesRegex(ConfigError, f"^--listen: {description} cannot be bound: {end}"):
+                await endpoints.listen("listen", [description], Factory(), unable)
 
     def test_warns_of_small_backlog(self) -> None:
         for description, warned in [
@@ -315,6 +376,20 @@ class PortAddressTests(SynchronousTestCase):
             ("unix:/x", UNIXAddress("/x"), "", False),
         ]:
             self.assertEqual(endpoints.port_url(description, FakePort(address)), (url, certain))
+
+    def test_loopback_url(self) -> None:
+        for description, address, url in [
+            ("tcp:1", IPv4Address("TCP", "127.0.0.1", 1), "ws://127.0.0.1:1"),
+            ("ssl:1", IPv4Address("TCP", "127.9.9.9", 1), "wss://127.9.9.9:1"),
+            ("tcp6:1", IPv6Address("TCP", "::1", 1), "ws://[::1]:1"),
+            ("fd:3", IPv4Address("TCP", "127.0.0.1", 1), "ws://127.0.0.1:1"),
+            ("haproxy:tcp:1", IPv4Address("TCP", "127.0.0.1", 1), ""),
+            ("tcp:1", IPv4Address("TCP", "0.0.0.0", 1), ""),
+            ("tcp6:1", IPv6Address("TCP", "::", 1), ""),
+            ("tcp:1", IPv4Address("TCP", "10.0.0.1", 1), ""),
+            ("unix:/x", UNIXAddress("/x"), ""),
+        ]:
+            self.assertEqual(endpoints.loopback_url(description, FakePort(address)), url)
 
 
 class StopListeningTests(SynchronousTestCase):
