@@ -4,7 +4,8 @@ The generation of a claim is the database's time, and so may be lower than those
 back. So each node remembers the highest generation that it has seen, and tells it to the others: in its row of
 ``nodes`` at each heartbeat, and by ``peer.floor``; each transaction reads what the other nodes have told. While the
 clock is behind it, generations are counted upwards from there. While the clock is behind, or was set a short time ago,
-each transaction also writes what it gives.
+each transaction also writes what it gives. What it counts upwards is told to the other nodes at once, too: a fail-over
+may lose it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class GenerationFloor:
         self._lock = threading.Lock()
         self._value = 0
         self._is_ahead = False
+        self._is_untold = False
 
     @property
     def value(self) -> int:
@@ -38,6 +40,16 @@ class GenerationFloor:
             elif self._value <= now:
                 self._is_ahead = False
             return self._is_ahead
+
+    def give(self, generation: int) -> None:
+        """Take note of a generation that was counted upwards, which the other nodes are to be told."""
+        self.raise_to(generation)
+        self._is_untold = True
+
+    def take_untold(self) -> bool:
+        """Whether a generation was given since the last call."""
+        is_untold, self._is_untold = self._is_untold, False
+        return is_untold
 
     def raise_to(self, generation: int) -> None:
         """Take note of a generation."""

@@ -228,6 +228,7 @@ class SQLRegistry:
         self._floor = GenerationFloor()
         #: claims that wait for the floors of other nodes; ``None``: they need not
         self._floors_collected: Observers[None] | None = None
+        self._is_telling_floor = False
         self._statements = Statements(database, lease, self._database_clock, self._floor)
         self._pools: list[SingleConnectionPool] = []
         #: by priority; writes may have more, see below
@@ -399,12 +400,15 @@ class SQLRegistry:
         self._floors_collected = Observers()
         self._collect_floors().addBoth(self._resume_claims)
 
-    def _resume_claims(self, floors: Iterable[int] | Failure) -> None:
+    def _floors_received(self, floors: Iterable[int] | Failure) -> None:
         if isinstance(floors, Failure):
             self._log.failure("could not collect the generations of the other nodes", floors)
         else:
             for floor in floors:
                 self._floor.raise_to(floor)
+
+    def _resume_claims(self, floors: Iterable[int] | Failure) -> None:
+        self._floors_received(floors)
         waiting, self._floors_collected = self._floors_collected, None
         if waiting is not None:
             waiting.callback(None)
@@ -443,7 +447,20 @@ class SQLRegistry:
         if self._floors_collected is not None and generation is None:
             waiting = self._floors_collected.observe()
             return waiting.addCallback(lambda _: self._request(client_id, address, generation, policy))
-        return self._batcher.request(client_id, _replace_surrogates(address)[:MAX_ADDRESS_LENGTH], generation, policy)
+        claim = self._batcher.request(client_id, _replace_surrogates(address)[:MAX_ADDRESS_LENGTH], generation, policy)
+        return claim.addCallback(self._tell_floor)
+
+    def _tell_floor(self, result: Any) -> Any:
+        """Tell the other nodes which generations were counted upwards, while the database's clock is behind."""
+        if not self._is_telling_floor and self._floor.take_untold():
+            self._is_telling_floor = True
+            self._collect_floors().addBoth(self._floor_told)
+        return result
+
+    def _floor_told(self, floors: Iterable[int] | Failure) -> None:
+        self._is_telling_floor = False
+        self._floors_received(floors)
+        self._tell_floor(None)
 
     def release(self, key: SessionKey) -> Deferred[None]:
         """Remove the row of a claim, unless a newer claim has replaced it."""

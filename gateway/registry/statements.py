@@ -265,7 +265,8 @@ def write_batch(
     resolution = resolve(
         batch, rows, local_node.number, now, lease_valid, owners, valid, floor.value if is_behind else 0
     )
-    floor.raise_to(max((row.generation for row in resolution.written.values()), default=0))
+    highest = max((row.generation for row in resolution.written.values()), default=0)
+    (floor.give if is_behind and highest else floor.raise_to)(highest)
     if resolution.written and (is_behind or clock.was_set(now)):
         # The other nodes need not know what the clock has said.
         cursor.execute("UPDATE nodes SET max_generation = ? WHERE id = ?", (floor.value, local_node.number))

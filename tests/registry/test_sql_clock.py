@@ -12,6 +12,7 @@ from gateway.registry.interface import SessionKey
 from gateway.registry.memory import EPOCH, InlinePool
 from gateway.registry.sql import SQLRegistry
 from gateway.registry.sqlite import SQLiteRegistry
+from gateway.util.deferred import detached
 from tests.builders.registry_contract import LEASE, RegistryMixin
 
 HOUR = 3600.0
@@ -43,7 +44,7 @@ class ClockCase(RegistryMixin, SynchronousTestCase):
             clock=self.clock.seconds,
             database_clock=lambda: EPOCH + round((self.clock.seconds() + self.offset) * 1e6),
             make_pool=InlinePool,
-            collect_floors=lambda: self.floors,
+            collect_floors=lambda: detached(self.floors),
         )
 
     def heartbeats(self, seconds: float, nodes: list[SQLRegistry] | None = None) -> None:
@@ -187,6 +188,30 @@ class GenerationTests(ClockCase):
         # Written with the claim, for all.
         self.heartbeats(HEARTBEAT)
         self.assertGreater(self.claim_and_release(self.a), floor + 1)
+
+    def test_generations_counted_upwards_are_told_at_once(self) -> None:
+        """A fail-over may lose them."""
+        told: list[int] = []
+
+        def collect() -> Deferred[list[int]]:
+            told.append(self.a.generation_floor)
+            return detached(self.floors)
+
+        self.a._collect_floors = collect
+        self.heartbeats(LEASE)
+        before = self.claim_and_release(self.a)
+        self.assertEqual(told, [])
+        self.offset -= HOUR
+        answer = self.floors = Deferred()
+        first = self.claim_and_release(self.a)
+        self.assertTrue(before < first == told[0])
+        # Those given meanwhile are told together.
+        last = [self.claim_and_release(self.a) for _ in range(3)][-1]
+        self.assertEqual(len(told), 1)
+        self.floors = succeed([])
+        answer.callback([last + 60_000_000])
+        self.assertEqual(told, [first, last + 60_000_000])
+        self.assertEqual(self.claim_and_release(self.a), last + 60_000_001)
 
     def test_usually_a_generation_is_the_time(self) -> None:
         started_at = EPOCH + round(self.clock.seconds() * 1e6)
