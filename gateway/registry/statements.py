@@ -555,10 +555,32 @@ class Statements:
         with transaction(connection, self._dialect.begin_statement) as cursor:
             _, following = self._remove_clients(cursor, [local_node.number], first, limit)
             if following is None:
+                self._hand_on_max_generation(cursor, [local_node.number])
                 cursor.execute(
                     "DELETE FROM nodes WHERE id = ? AND node_id = ?", (local_node.number, local_node.info.node_id)
                 )
             return following
+
+    def _hand_on_max_generation(self, cursor: Any, numbers: list[int]) -> None:
+        """Write what the rows of nodes that are to be removed say of generations into the row of another node, if the
+        clock is behind."""
+        cursor.execute(
+            f"SELECT {self._dialect.now_expression}, max_generation FROM nodes WHERE id IN ({placeholders(numbers)})",
+            numbers,
+        )
+        now, max_generation = max(cursor.fetchall(), default=(0, 0))
+        if max_generation <= now:
+            return
+        cursor.execute(
+            f"SELECT MAX(id) FROM nodes WHERE heartbeat_at > ? AND id NOT IN ({placeholders(numbers)})",
+            (self._dialect.to_timestamp(0), *numbers),
+        )
+        heir = cursor.fetchone()[0]
+        # By number only, as heartbeats do.
+        cursor.execute(
+            "UPDATE nodes SET max_generation = ? WHERE id = ? AND max_generation < ?",
+            (max_generation, heir, max_generation),
+        )
 
     def _remove_clients(self, cursor: Any, numbers: list[int], first: str, limit: int) -> tuple[int, str | None]:
         """Remove up to ``limit`` client rows of these nodes from the segment that begins at ``first``. Returns how many
@@ -612,6 +634,7 @@ class Statements:
             count, following = self._remove_clients(cursor, still_dead, first, min(limit, MAX_REMOVED_ROWS))
             if following is None:
                 # They have not claimed anything since the scan began, since a claim needs a lease.
+                self._hand_on_max_generation(cursor, still_dead)
                 cursor.execute(f"DELETE FROM nodes WHERE id IN ({placeholders(still_dead)})", still_dead)
             return count, following
 

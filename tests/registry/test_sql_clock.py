@@ -180,6 +180,30 @@ class GenerationTests(ClockCase):
         self.offset -= HOUR
         self.assertGreater(self.claim_and_release(self.start_node("d")), before)
 
+    def test_node_that_joins_after_another_has_left(self) -> None:
+        """What only the other one has given, while the clock was behind, is not forgotten."""
+        self.heartbeats(LEASE)
+        before = self.claim_and_release(self.a)
+        self.offset -= HOUR
+        given = [self.claim_and_release(self.a) for _ in range(3)]
+        self.result_of(self.a.leave())
+        joined = self.claim_and_release(self.start_node("d"))
+        self.assertEqual(sorted([before, *given, joined]), [before, *given, joined])
+
+    def test_node_that_joins_after_another_has_died(self) -> None:
+        self.heartbeats(LEASE)
+        self.claim_and_release(self.a)
+        self.offset -= HOUR
+        given = [self.claim_and_release(self.a) for _ in range(3)][-1]
+        # The others have not heard of it.
+        self.heartbeats(2 * LEASE + 2 * HEARTBEAT, [self.b, self.c])
+        with sqlite3.connect(self.path) as connection:
+            connection.execute("UPDATE nodes SET max_generation = 0 WHERE name <> 'a'")
+        self.result_of(self.b.reap(100))
+        with sqlite3.connect(self.path) as connection:
+            self.assertEqual(connection.execute("SELECT COUNT(*) FROM nodes").fetchone(), (2,))
+        self.assertGreater(self.claim_and_release(self.start_node("d")), given)
+
     def test_generation_of_another_node(self) -> None:
         floor = self.claim_and_release(self.a) + round(HOUR * 1e6)
         self.b.raise_generation_floor(floor)
@@ -251,6 +275,7 @@ class LostCommitsTests(ClockCase):
         self.result_of(self.a.heartbeat("up", 0))
         claiming = self.a.claim("x", "h")
         self.floors.errback(ZeroDivisionError())
+        self.floors.addErrback(lambda _: None)
         self.result_of(claiming)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
