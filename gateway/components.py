@@ -187,7 +187,7 @@ class Components:
             settings=self._settings,
             metrics=self.metrics,
             make_handler=self._make_dispatcher,
-            unready_reason=self._node.unready_reason,
+            unready_reason=self._node.refusal_reason,
             router=self.client_router,
             parking=ParkingOptions(self._reactor, self._cork, self._build_connection),
         )

@@ -85,6 +85,7 @@ class Node(Service):
         self._binding: Deferred[None] | None = None
         self._drained: Deferred[None] | None = None
         self._stopped: Deferred[None] | None = None
+        self._had_sigterm = False
         self._client_ports: list[IListeningPort] = []
         self._backend_ports: list[IListeningPort] = []
         self.components = Components(settings, self, reactor, monotonic=monotonic, registry_factory=registry_factory)
@@ -96,10 +97,14 @@ class Node(Service):
     # INodeService.
 
     def unready_reason(self) -> str:
-        """Why this node accepts no clients, as an error word; empty if it does."""
-        if self.state is not NodeState.UP:
-            return "starting" if self.state is NodeState.STARTING else "draining"
-        return "" if self.components.membership.has_lease() else "registry"
+        """Why no clients are to be sent to this node, as an error word; empty if they may be."""
+        return "draining" if self.state is NodeState.DRAIN_PENDING else self.refusal_reason()
+
+    def refusal_reason(self) -> str:
+        """Why this node refuses clients that connect to it, as an error word; empty if it does not."""
+        if self.state in (NodeState.UP, NodeState.DRAIN_PENDING):
+            return "" if self.components.membership.has_lease() else "registry"
+        return "starting" if self.state is NodeState.STARTING else "draining"
 
     def connect_url(self, client_id: str) -> str | None:
         """The complete URL at which a client reaches this node; ``None`` if this node can only guess it."""
@@ -166,6 +171,8 @@ class Node(Service):
         install_signal_handlers(
             self._reactor,
             {signal.SIGTERM: self._on_sigterm, signal.SIGINT: self._on_sigint, signal.SIGHUP: self._on_sighup},
+            # The second SIGTERM skips the delay.
+            max_signals=2 if self.settings.drain_delay else 1,
         )
         Deferred.fromCoroutine(self._start()).addErrback(self._start_failed)
 
@@ -270,7 +277,16 @@ class Node(Service):
     # Signals.
 
     def _on_sigterm(self) -> None:
-        self.log.info("SIGTERM: draining, then ending; send it again to end at once")
+        delay = self.settings.drain_delay
+        if self._had_sigterm:
+            self.log.info("second SIGTERM: draining now; send it again to end at once")
+            self.components.drain.skip_delay()
+            return
+        self._had_sigterm = True
+        if delay and self.state is NodeState.UP:
+            self.log.info("SIGTERM: draining in {delay:g} s, then ending; send it again to drain now", delay=delay)
+        else:
+            self.log.info("SIGTERM: draining, then ending; send it again to end at once")
         if self._drained is not None and self.components.autoscaling is not None:
             # AWS started this drain and waits for all nodes of the instance. After SIGTERM, do not wait for those that
             # are not draining.
@@ -311,6 +327,7 @@ class Node(Service):
         """Close everything; fires when that is done, which takes a bounded time even if the registry is unavailable."""
         super().stopService()  # type: ignore[no-untyped-call]
         self.state = NodeState.STOPPED
+        self.components.drain.skip_delay()
         if self._stopped is None:
             self._stopped = Deferred.fromCoroutine(self._stop())
             self._stopped.addErrback(lambda failure: self.log.failure("the stop failed", failure=failure))
@@ -350,9 +367,11 @@ class Node(Service):
         await run_step(description, step, self._reactor, self.log)
 
 
-def install_signal_handlers(reactor: Any, handlers: Mapping[signal.Signals, Callable[[], None]]) -> None:
-    """Call the handler of a signal in the reactor; the second SIGTERM or SIGINT ends the process at once, even if the
-    reactor is stuck. To be called in the main thread, once the reactor runs.
+def install_signal_handlers(
+    reactor: Any, handlers: Mapping[signal.Signals, Callable[[], None]], *, max_signals: int = 1
+) -> None:
+    """Call the handler of a signal in the reactor; after ``max_signals``, a SIGTERM or SIGINT ends the process at once,
+    even if the reactor is stuck. To be called in the main thread, once the reactor runs.
 
     These replace twistd's handlers, which stop without a drain, and end with the signal's exit status.
     """
@@ -361,7 +380,7 @@ def install_signal_handlers(reactor: Any, handlers: Mapping[signal.Signals, Call
     def handler(signum: int, frame: FrameType | None) -> None:
         received = signal.Signals(signum)
         counts[received] += 1
-        if received in _TERMINATING_SIGNALS and sum(counts.get(each, 0) for each in _TERMINATING_SIGNALS) > 1:
+        if received in _TERMINATING_SIGNALS and sum(counts.get(each, 0) for each in _TERMINATING_SIGNALS) > max_signals:
             os._exit(1)
         reactor.callFromThread(handlers[received])
 

@@ -319,6 +319,12 @@ class Settings:
         "A client or backend that leaves more than this unread for 3 s is closed with 1013. A burst may be larger.",
         integer(minimum=1, unit="bytes"),
     )
+    drain_delay: float = option(
+        0.0,
+        "SECONDS",
+        "Time between a node's report that it is not ready and its drain: longer than load balancers need to notice.",
+        non_negative_seconds,
+    )
     drain_seconds: float = option(
         30.0, "SECONDS", "Time over which a draining node disconnects its clients.", non_negative_seconds
     )

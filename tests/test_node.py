@@ -233,6 +233,27 @@ class NodeTests(TestCase):
         await self.wait_until(lambda: self.exits)
         self.assertEqual(self.exits, [1])
 
+    async def test_drain_delay(self) -> None:
+        node = await self.start(self.make(drain_delay=3600.0))
+        os.kill(os.getpid(), signal.SIGTERM)
+        await self.wait_until(lambda: node.unready_reason() == "draining")
+        self.assertEqual(node.refusal_reason(), "")
+        os.kill(os.getpid(), signal.SIGTERM)
+        await self.stopped
+        self.assertEqual((node.refusal_reason(), self.exits), ("draining", []))
+        os.kill(os.getpid(), signal.SIGTERM)
+        await self.wait_until(lambda: self.exits)
+        self.assertEqual(self.exits, [1])
+
+    async def test_sigint_in_the_drain_delay(self) -> None:
+        node = await self.start(self.make(drain_delay=3600.0))
+        drained = node.drain()
+        os.kill(os.getpid(), signal.SIGINT)
+        await self.stopped
+        await node.stopService()
+        await drained
+        self.assertEqual(self.exits, [])
+
     async def test_sigint_stops_without_a_drain(self) -> None:
         node = await self.start(self.make())
         os.kill(os.getpid(), signal.SIGINT)
@@ -285,6 +306,8 @@ class DeferringReactor:
 
 
 class SignalHandlerTests(SynchronousTestCase):
+    max_signals = 1
+
     def setUp(self) -> None:
         for signum in HANDLED_SIGNALS:
             self.addCleanup(signal.signal, signum, signal.getsignal(signum))
@@ -299,6 +322,7 @@ class SignalHandlerTests(SynchronousTestCase):
                 signal.SIGINT: lambda: self.handled.append("int"),
                 signal.SIGHUP: lambda: self.handled.append("hup"),
             },
+            max_signals=self.max_signals,
         )
 
     def run_pending(self) -> list[str]:
@@ -317,6 +341,15 @@ class SignalHandlerTests(SynchronousTestCase):
             signal.raise_signal(first)
             signal.raise_signal(second)
             self.assertEqual(self.exits, [1])
+
+    def test_second_sigterm_with_a_drain_delay(self) -> None:
+        self.max_signals = 2
+        self.setUp()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        self.assertEqual((self.run_pending(), self.exits), (["term", "term"], []))
+        signal.raise_signal(signal.SIGTERM)
+        self.assertEqual(self.exits, [1])
 
     def test_sighup_does_not_count_as_terminating(self) -> None:
         for _ in range(3):

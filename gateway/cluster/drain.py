@@ -24,13 +24,14 @@ BackendDrain: when no client is left, calls to clients of other nodes may still 
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from twisted.internet.defer import Deferred, DeferredList, TimeoutError
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
@@ -364,7 +365,8 @@ class Drain:
     """The drain of a node: move every client to other nodes, and let all calls finish, so that the process can end.
 
     Phases, in order: the node is not ready; no client is moved for balance any more; DNS and the registry no longer
-    name this node as one that accepts clients; the ports that other processes listen on, too, are closed; clients and
+    name this node as one that accepts clients; ``--drain-delay``, in which proxies find out that it is not ready, and
+    clients that they still send are accepted; the ports that other processes listen on, too, are closed; clients and
     relayed clients are disconnected, spread over ``--drain-seconds``; backends are disconnected once their calls are
     answered; AWS is notified that the instance can be terminated.
     """
@@ -404,22 +406,43 @@ class Drain:
         self._send_to_backends = send_to_backends
         self._dns_registrar = dns_registrar
         self._autoscaling = autoscaling
+        self._delay: Deferred[None] | None = None
+        self._skip_delay = False
 
     async def run(self) -> None:
         """Drain the node; return when no client is left. Does nothing if the node is not up."""
         if self._node.state is not NodeState.UP:
             return
-        self._node.state = NodeState.DRAINING
+        delay = self._settings.drain_delay
+        self._node.state = NodeState.DRAIN_PENDING if delay else NodeState.DRAINING
         self._rebalancer.stop()
         # Both before the first client is sent away, so that none is sent to this node again.
         await DeferredList(
             [Deferred.fromCoroutine(self.withdraw_dns()), Deferred.fromCoroutine(self._update_registry())]
         )
+        if delay:
+            await self._wait(delay)
+            if self._node.state is NodeState.STOPPED:
+                return
+            self._node.state = NodeState.DRAINING
         await self._node.close_shared_ports()
         await self._drain_sessions()
         await self._drain_backends()
         if self._autoscaling is not None:
             await self._autoscaling.complete_drain()
+
+    async def _wait(self, delay: float) -> None:
+        if not self._skip_delay:
+            self._delay = deferLater(self._clock, delay)
+            with contextlib.suppress(CancelledError):
+                await self._delay
+            self._delay = None
+
+    def skip_delay(self) -> None:
+        """Wait no longer for ``--drain-delay``."""
+        self._skip_delay = True
+        if self._delay is not None:
+            self._delay.cancel()
 
     async def withdraw_dns(self) -> None:
         """Remove this node from DNS. After ``STEP_TIMEOUT`` it is retried in the background."""

@@ -39,6 +39,8 @@ class NodeState(str, enum.Enum):
 
     STARTING = "starting"
     UP = "up"
+    #: about to drain (``--drain-delay``): announced as draining, but still accepting clients
+    DRAIN_PENDING = "drain_pending"
     DRAINING = "draining"
     STOPPED = "stopped"
 
@@ -46,7 +48,10 @@ class NodeState(str, enum.Enum):
 class INodeService(INode):
     """This node, as its components and its drain see it."""
 
-    state: NodeState = Attribute("Its state; a drain sets it to DRAINING.")
+    state: NodeState = Attribute("Its state; a drain sets it to DRAIN_PENDING and DRAINING.")
+
+    def refusal_reason() -> str:
+        """Why this node refuses clients that connect to it, as an error word; empty if it does not."""
 
     def connect_url(client_id: str) -> str | None:
         """The complete URL at which a client reaches this node; ``None`` if this node can only guess it."""

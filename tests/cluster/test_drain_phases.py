@@ -34,6 +34,9 @@ class DrainedNode(FakeNode):
     def connect_url(self, client_id: str) -> str | None:
         return self.own_url
 
+    def refusal_reason(self) -> str:
+        return ""
+
     def close_shared_ports(self) -> Deferred[None]:
         self._steps.append("ports")
         return succeed(None)
@@ -106,8 +109,46 @@ class DrainTests(SynchronousTestCase):
         self.assertEqual(self.steps[5:], ["backends", "refuse new calls", "autoscaling"])
         self.successResultOf(drained)
 
+    def test_delay(self) -> None:
+        """The node is announced as draining at once, and drains later."""
+        self.drain._settings = make_settings({"drain-seconds": "0", "drain-delay": "8"})
+        drained = self.run_drain()
+        self.assertIs(self.node.state, NodeState.DRAIN_PENDING)
+        self.assertEqual(self.steps, ["stop rebalancing", "DNS", "heartbeat", "refresh"])
+        self.clock.advance(7.9)
+        self.assertEqual((self.node.state, self.sessions.goaways), (NodeState.DRAIN_PENDING, {}))
+        self.clock.advance(0.1)
+        self.assertIs(self.node.state, NodeState.DRAINING)
+        self.assertEqual((self.steps[4], set(self.sessions.goaways)), ("ports", {"c-0"}))
+        self.clock.pump([POLL_INTERVAL] * 2)
+        self.successResultOf(drained)
+
+    def test_delay_is_skipped(self) -> None:
+        for early in (True, False):
+            self.setUp()
+            self.drain._settings = make_settings({"drain-seconds": "0", "drain-delay": "8"})
+            if early:
+                self.updated = Deferred()
+            self.run_drain()
+            self.drain.skip_delay()
+            if early:
+                # The registry is updated first.
+                self.assertIs(self.node.state, NodeState.DRAIN_PENDING)
+                self.updated.callback(None)
+            self.assertIs(self.node.state, NodeState.DRAINING)
+            self.assertEqual(set(self.sessions.goaways), {"c-0"})
+
+    def test_stop_in_the_delay(self) -> None:
+        self.drain._settings = make_settings({"drain-seconds": "0", "drain-delay": "8"})
+        drained = self.run_drain()
+        self.node.state = NodeState.STOPPED
+        self.drain.skip_delay()
+        self.successResultOf(drained)
+        self.assertEqual((self.node.state, self.sessions.goaways), (NodeState.STOPPED, {}))
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
     def test_only_a_node_that_is_up_is_drained(self) -> None:
-        for state in (NodeState.STARTING, NodeState.DRAINING, NodeState.STOPPED):
+        for state in (NodeState.STARTING, NodeState.DRAIN_PENDING, NodeState.DRAINING, NodeState.STOPPED):
             self.node.state = state
             self.successResultOf(self.run_drain())
             self.assertEqual((self.node.state, self.steps), (state, []))

@@ -53,9 +53,10 @@ class DeployTestCase(TestCase):
             self.assertIn(":backlog=4096", endpoint)
         return made
 
-    def assert_stop_timeout(self, seconds: float, made: Settings, *, before: float = 0) -> None:
+    def assert_stop_timeout(self, seconds: float, made: Settings) -> None:
         """The stop timeout must cover the drain and the longest call."""
-        self.assertGreaterEqual(seconds, before + made.drain_seconds + made.max_call_timeout + STOP_SECONDS)
+        drain_time = made.drain_delay + made.drain_seconds
+        self.assertGreaterEqual(seconds, drain_time + made.max_call_timeout + STOP_SECONDS)
 
 
 def port_of(endpoint: str) -> int:

@@ -188,6 +188,9 @@ class Group(AwsTestCase):
             self.assertEqual(given[f"{name}.connection_termination.enabled"], "false")
         made = self.node()
         self.assert_stop_timeout(int(given["deregistration_delay.timeout_seconds"]), made)
+        targets = properties("Targets")
+        checks = targets["HealthCheckIntervalSeconds"] * targets["UnhealthyThresholdCount"]
+        self.assertGreater(made.drain_delay, checks + targets["HealthCheckTimeoutSeconds"])
         self.assertGreater(350, made.ping_interval + made.ping_timeout)
         self.assertTrue(made.listen[0].startswith("haproxy:"))
         self.assertEqual(given["proxy_protocol_v2.enabled"], "true")

@@ -51,6 +51,18 @@ class Configuration(DeployTestCase):
         (tunnel,) = re.findall(r"timeout tunnel (\d+)s", TEXT)
         self.assertGreater(int(tunnel), defaults.ping_interval + defaults.ping_timeout)
 
+    def test_drain_delay_is_longer_than_the_checks_need(self) -> None:
+        ((interval, fall),) = re.findall(r"inter (\d+)s fall (\d+)", TEXT)
+        made = self.settings(arguments("8081")[3:], config=CONFIG.read_text())
+        self.assertGreater(made.drain_delay, int(interval) * (int(fall) + 1))
+
+    def test_it_has_no_privileges(self) -> None:
+        settings = re.sub("#.*", "", TEXT)
+        for line in ("user haproxy", "group haproxy", "chroot /var/lib/haproxy"):
+            self.assertIn(line, settings)
+        # It would not start where files are limited.
+        self.assertNotRegex(settings, r"(?m)^ *maxconn")
+
     def test_draining_node_keeps_its_clients(self) -> None:
         settings = re.sub("#.*", "", TEXT)
         self.assertIn("uri /readyz", settings)

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import csv
 import json
+import os
+import random
 import re
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ CLIENT_ADDRESS = "127.0.0.7"
 #: what stands after the @ of their units; and the machine's address in haproxy.cfg
 INSTANCES = ("8081", "8082")
 MACHINE = "10.0.0.11"
-OPTIONS = ("--auth", "none", "--drain-seconds", "0", "--public-url", "wss://localhost")
+OPTIONS = ("--auth", "none", "--public-url", "wss://localhost")
 _SERVER = re.compile(r"^ +server (\S+) ([0-9.]+):(\d+) check port (\d+)\n", re.MULTILINE)
 
 
@@ -42,7 +45,8 @@ def started_at(instance: str, option: str) -> str:
 class Machine:
     """Two nodes on one address, at those of their ports that are free here."""
 
-    def __init__(self, start: Callable[..., Node]) -> None:
+    def __init__(self, start: Callable[..., Node], *options: str) -> None:
+        self._options = (*OPTIONS, *(options or ("--drain-seconds", "0")))
         #: a port in deploy/ -> the one in its place here
         self.ports: dict[int, int] = {}
         self.nodes = [self._start(start, instance) for instance in INSTANCES]
@@ -57,7 +61,7 @@ class Machine:
             endpoint.replace(f"tcp:{old}", f"tcp:{new}:interface=127.0.0.1")
             for endpoint, old, new in zip(endpoints, there, here, strict=True)
         )
-        return start(*OPTIONS, ready=False, listen=listen, backend=backend, ports=(here[0], here[1]))
+        return start(*self._options, ready=False, listen=listen, backend=backend, ports=(here[0], here[1]))
 
     def server(self, found: re.Match[str]) -> str:
         """A server line of haproxy.cfg, with the ports here; none if it is of a node that was not started."""
@@ -70,20 +74,32 @@ class Machine:
 class HAProxy:
     """haproxy with the configuration of deploy/haproxy, but for addresses, and for times that a test does not wait."""
 
-    def __init__(self, folder: Path, machine: Machine) -> None:
+    def __init__(self, folder: Path, machine: Machine, *, as_shipped: bool = False) -> None:
+        """``as_shipped``: with its check intervals and timeouts, too."""
         self.port, self._control = free_port(), folder / "control"
         authority = trustme.CA()
         authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(folder / "cert.pem"))
         self._context = ssl.create_default_context()
         authority.configure_trust(self._context)
         text = (CHECKOUT / "deploy/haproxy/haproxy.cfg").read_text()
-        for there, here in [
-            ("maxconn 200000", f"maxconn 1000\n    stats socket {self._control}"),
+        changes = [
+            ("hard-stop-after 12h", f"hard-stop-after 12h\n    stats socket {self._control}"),
             ("bind :443 ssl crt /etc/haproxy/certs", f"bind 127.0.0.1:{self.port} ssl crt {folder / 'cert.pem'}"),
-            ("timeout client 10s", "timeout client 500ms"),
-            ("timeout server 10s", "timeout server 500ms"),
-            (" inter 2s", " inter 50ms"),
-        ]:
+        ]
+        if not as_shipped:
+            changes += [
+                ("timeout client 10s", "timeout client 500ms"),
+                ("timeout server 10s", "timeout server 500ms"),
+                (" inter 2s", " inter 50ms"),
+            ]
+        if os.geteuid() != 0:
+            # Only root can give up privileges.
+            changes += [
+                ("    user haproxy\n", ""),
+                ("    group haproxy\n", ""),
+                ("    chroot /var/lib/haproxy\n", ""),
+            ]
+        for there, here in changes:
             assert text.count(there) == 1, there
             text = text.replace(there, here)
         (folder / "haproxy.cfg").write_text(_SERVER.sub(machine.server, text))
@@ -124,8 +140,8 @@ def haproxy(tmp_path: Path) -> Iterator[Callable[..., HAProxy]]:
     """Starts haproxy in front of the nodes of a machine."""
     with contextlib.ExitStack() as stack:
 
-        def start(machine: Machine) -> HAProxy:
-            started = HAProxy(tmp_path, machine)
+        def start(machine: Machine, **options: Any) -> HAProxy:
+            started = HAProxy(tmp_path, machine, **options)
             stack.callback(started.process.wait)
             stack.callback(started.process.kill)
             return started
@@ -203,3 +219,83 @@ async def test_a_machine_takes_clients_while_one_of_its_nodes_is_away(
         for i in range(4):
             await stack.enter_async_context(serving_client(front, f"c-{i}"))
             assert (await left.call(f"c-{i}", "echo", [i])).json["result"] == [i]
+
+
+class Agent:
+    """An agent behind haproxy: it follows goaway, and comes back at once when its connection is lost."""
+
+    def __init__(self, front: HAProxy, client_id: str) -> None:
+        self._front, self._client_id = front, client_id
+        self.refusals: list[str] = []
+        self.connected = asyncio.Event()
+        self._serving: set[asyncio.Future[None]] = set()
+
+    async def run(self) -> None:
+        try:
+            while True:
+                try:
+                    socket_ = await self._front.connect(self._client_id)
+                except Exception as e:  # noqa: BLE001 (any of them counts)
+                    self.refusals.append(repr(e))
+                    await asyncio.sleep(0.1)
+                    continue
+                self.connected.set()
+                leaving = asyncio.Event()
+                self._serving.add(serving := asyncio.ensure_future(self._serve(socket_, leaving)))
+                serving.add_done_callback(self._serving.discard)
+                await leaving.wait()
+        finally:
+            for serving in self._serving:
+                serving.cancel()
+
+    async def _serve(self, socket_: Any, leaving: asyncio.Event) -> None:
+        """Answer calls until the connection is closed: after a goaway, on the old connection as well."""
+        with contextlib.suppress(websockets.ConnectionClosed):
+            async for text in socket_:
+                message = json.loads(text)
+                if "id" in message:
+                    await socket_.send(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": message["params"]}))
+                elif message["method"] == "gateway.goaway":
+                    asyncio.get_running_loop().call_later(message["params"]["after"], leaving.set)
+        leaving.set()
+
+
+@asynchronous
+async def test_drain_with_the_shipped_checks_fails_no_call_and_refuses_no_client(
+    start: Callable[..., Node], haproxy: Callable[..., HAProxy]
+) -> None:
+    """A drain of 30 s, with the delay of deploy/systemd/tap.cfg, under calls through the other node."""
+    config = (CHECKOUT / "deploy/systemd/tap.cfg").read_text()
+    (delay,) = re.findall(r"(?m)^drain-delay = (\d+)$", config)
+    machine = Machine(start, "--drain-seconds", "30", "--drain-delay", delay)
+    (gone, left), front = machine.nodes, haproxy(machine, as_shipped=True)
+
+    async def both_up() -> bool:
+        return await front.states() == ["UP", "UP"]
+
+    await eventually(both_up, "both nodes take clients")
+    agents = [Agent(front, f"c-{i}") for i in range(60)]
+    running = [asyncio.ensure_future(agent.run()) for agent in agents]
+    try:
+        await asyncio.wait_for(asyncio.gather(*(agent.connected.wait() for agent in agents)), 20)
+        assert await gone.metric("wsgateway_clients") > 0
+        calls, failed = 0, []
+        gone.kill(signal.SIGTERM)
+        end = asyncio.ensure_future(gone.ended())
+        started_at = time.monotonic()
+        async with left.backend() as backend:
+            while not end.done():
+                client_id = f"c-{random.randrange(60)}"
+                answers = await asyncio.gather(*(backend.call(client_id, "echo", [calls + n]) for n in range(4)))
+                calls += len(answers)
+                failed += [answer for answer in answers if "error" in answer]
+                await asyncio.sleep(0.02)
+        assert end.result() == 0
+        assert time.monotonic() - started_at > 25 + int(delay)
+        assert (failed, [agent.refusals for agent in agents if agent.refusals]) == ([], []), calls
+        assert calls > 1000
+        assert await left.metric("wsgateway_clients") == 60
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

@@ -127,6 +127,7 @@ class Fleet:
             "heartbeat": HEARTBEAT,
             "ping_interval": PING_INTERVAL,
             "ping_timeout": PING_TIMEOUT,
+            "drain_delay": self.scheduler.make_random("drain delay").choice((0.0, 0.0, 2.0)),
             "drain_seconds": self.random.choice((1.0, 3.0, 8.0)),
             "on_elsewhere": self.random.choice(("route", "takeover")),
             "capacity": 1000,
