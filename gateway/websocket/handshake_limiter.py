@@ -17,10 +17,12 @@ MIN_PER_NETWORK = 64
 #: refusals sent per second to one network, and to all together while too many handshakes are in progress. Connections
 #: beyond are dropped without a response, since sending one takes as long as accepting the client.
 MAX_REFUSALS_PER_SECOND = 50.0
-#: handshakes beyond the limits that are refused only when their requests are known: they may be health checks
-MAX_POSTPONED_REFUSALS = 16
-#: connections per second of an address that has sent health checks that are not dropped
-HEALTH_CHECKS_PER_SECOND = 10.0
+#: handshakes beyond the limits that are refused only when their requests are known: they may be health checks. A port
+#: accepts up to 64 connections before any of them is read; with fewer places a flood takes them all before that.
+MAX_POSTPONED_REFUSALS = 256
+#: connections per second of an address that has sent health checks that are not dropped. Behind a proxy without the
+#: PROXY protocol, the clients have that address too, and their connections take their share.
+HEALTH_CHECKS_PER_SECOND = 500.0
 #: addresses whose health checks are remembered
 MAX_HEALTH_CHECKERS = 64
 

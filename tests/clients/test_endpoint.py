@@ -19,7 +19,7 @@ from gateway.auth.interface import is_client_id
 from gateway.clients.endpoint import MAX_ADDRESS, RelayedClientFactory, parse_client_id, parse_relay_query
 from gateway.net.proxy_protocol import ProxyProtocolFactory
 from gateway.protocol.errors import RequestRefusedError
-from gateway.websocket.handshake_limiter import MAX_POSTPONED_REFUSALS
+from gateway.websocket.handshake_limiter import HEALTH_CHECKS_PER_SECOND, MAX_POSTPONED_REFUSALS
 from tests.builders.frames import build_request, text_frame
 from tests.builders.sockets import read_available
 from tests.fakes.clients import FakeClient, FakeNode, FakeTransport
@@ -411,6 +411,8 @@ class LimitTest(EndpointTestCase):
     def test_refusals_that_are_postponed(self) -> None:
         """Connections beyond the limits get a few places, for health checks, and the oldest are refused first."""
         node = FakeNode(max_openings=2)
+        # Of an address that has sent a health check, no connection is dropped.
+        node.dial().send(build_request("/healthz"))
         silent = [node.dial() for _ in range(2)]
         excess = [node.dial() for _ in range(MAX_POSTPONED_REFUSALS)]
         self.assertEqual(b"".join(client.transport.pop_written() for client in excess), b"")
@@ -436,7 +438,8 @@ class LimitTest(EndpointTestCase):
         self.assertIsNone(node.factory.buildProtocol(FakeTransport().getPeer()))
         self.assertIsNotNone(node.factory.buildProtocol(checker.getPeer()))
         # At a rate that does no harm.
-        protocols = [node.factory.buildProtocol(checker.getPeer()) for _ in range(20)]
+        count = int(HEALTH_CHECKS_PER_SECOND) + 10
+        protocols = [node.factory.buildProtocol(checker.getPeer()) for _ in range(count)]
         self.assertIn(None, protocols)
 
     def test_node_is_not_ready(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gzip
 import http.client
 import json
@@ -127,6 +129,34 @@ async def test_health_check_of_the_client_port(
     async with serving_client(node, "robot-7"):
         node.process.terminate()
         await eventually(lambda: state("DOWN"), "the node drains")
+
+
+@asynchronous
+async def test_health_checks_while_openings_are_at_their_limit(start: Callable[..., Node]) -> None:
+    """The proxy does not send the PROXY protocol: all that it forwards has its address, as its checks have."""
+    node = start("--auth", "none", "--openings-per-address", "0", "--max-openings", "20")
+
+    async def stay_silent() -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", node.client_port)
+                await reader.read()
+                writer.close()
+            # 400 openings per second in all.
+            await asyncio.sleep(0.25)
+
+    statuses = [await asyncio.to_thread(get, node.client_port, "/readyz")]
+    silent = [asyncio.create_task(stay_silent()) for _ in range(20 + 256 + 100)]
+    try:
+        await asyncio.sleep(0.5)
+        for _ in range(20):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                statuses.append(await asyncio.to_thread(get, node.client_port, "/readyz"))
+            await asyncio.sleep(0.05)
+    finally:
+        for task in silent:
+            task.cancel()
+    assert statuses == [(200, b'{"ready":true}')] * 21
 
 
 def test_encoded_body(start: Callable[..., Node]) -> None:
