@@ -357,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--ping-interval",
         type=float,
         default=300.0,
-        help="option of the nodes; with 50 s a million clients cause 20,000 pings a second (default: %(default)s)",
+        help="option of the nodes; with 40 s a million clients cause 25,000 pings a second (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, help="append the results to this file, as a JSON line")
     options = parser.parse_args(arguments)

@@ -51,7 +51,7 @@ async def main() -> None:
         int(sys.argv[1]),
         backlog=4096,
         enable_auto_ping=True,
-        auto_ping_idle_timeout=50,
+        auto_ping_idle_timeout=40,
         auto_ping_reply_timeout=20,
     )
     await server.serve_forever()

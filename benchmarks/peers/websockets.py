@@ -38,7 +38,7 @@ async def handle(connection: ServerConnection) -> None:
 async def main() -> None:
     port = int(sys.argv[1])
     async with serve(
-        handle, "127.0.0.1", port, compression=None, ping_interval=50, ping_timeout=20, backlog=4096
+        handle, "127.0.0.1", port, compression=None, ping_interval=40, ping_timeout=20, backlog=4096
     ) as server:
         await server.serve_forever()
 

@@ -61,4 +61,4 @@ setInterval(() => {
     connection.isAlive = false;
     connection.ping();
   }
-}, 50000);
+}, 40000);

@@ -78,7 +78,7 @@ class Agent(Service):
     - ``max_message_size``: bytes, in both directions.
     - ``call_timeout``: seconds; the default of :meth:`call`.
     - ``backoff``: (initial, maximum) delay between attempts, in seconds.
-    - ``idle_timeout``: seconds without data after which the connection is given up; the gateway pings every 50 s.
+    - ``idle_timeout``: seconds without data after which the connection is given up; the gateway pings every 40 s.
     - ``open_timeout``: seconds for one attempt, including the call of ``token``.
 
     TLS, and hooks for tests:

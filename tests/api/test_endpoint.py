@@ -473,6 +473,19 @@ class HandOverTests(TestCase):
         self.assertFalse(connection.transport.aborted)
         self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
 
+    def test_relay_after_other_requests(self):
+        """Nothing of the HTTP connection is left: the relayed connection may be parked."""
+        connection = self.endpoint.connect()
+        connection.send(request("GET", "/healthz"))
+        connection.send(request("GET", "/healthz") + RELAY + EARLY_BYTES)
+        self.endpoint.clock.pump([0.0] * 3)
+        (relayed,) = self.relay_factory.made
+        self.assertEqual(relayed.received, RELAY + EARLY_BYTES)
+        self.assertIs(connection.transport.protocol, relayed)
+        self.assertEqual((connection.transport.value().count(b" 200 OK"), self.endpoint.factory.connections), (2, {}))
+        self.assertIsNone(connection.transport.producer)
+        self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
+
     def test_close_all_leaves_relayed_connections(self):
         connection = self.endpoint.connect()
         connection.send(RELAY)
