@@ -370,6 +370,13 @@ class Components:
         self.node_directory.refresh()
         self._exchange_floors().addCallback(self._floors_received)
 
+    def learn_generations(self) -> Deferred[None]:
+        """Ask the other live nodes for the highest generations that they know of: this node has just joined, and the
+        database may have lost what it knew. Takes some seconds at most."""
+        nodes = self.node_directory.peer_nodes()
+        learned = self.peer_client.learn_floors(nodes, self.registry.generation_floor)
+        return learned.addCallback(self._floors_received)
+
     def _exchange_floors(self) -> Deferred[list[int]]:
         return self.peer_client.exchange_floors(self.registry.generation_floor)
 

@@ -211,6 +211,7 @@ class Node(Service):
             NodeInfo(self.node_id, self.name, self.public_url, self.peer_url, self.settings.capacity, __version__)
         )
         await components.node_directory.refresh()
+        await components.learn_generations()
         self.sessions.start()
         components.relays.start()
         components.reconciler.start()

@@ -393,6 +393,14 @@ class PeerClient:
         ]
         return DeferredList(requests, consumeErrors=True).addCallback(_decode_floors)
 
+    def learn_floors(self, nodes: Sequence[NodeStatus], generation: int) -> Deferred[list[int]]:
+        """Like :meth:`exchange_floors`, with nodes to which there need be no connection yet: for a node that joins."""
+        connecting = [
+            self._pool.connect_within(FLOOR_TIMEOUT, node.node_id, node.peer_url) for node in nodes if node.peer_url
+        ]
+        connected = DeferredList(connecting, consumeErrors=True)
+        return connected.addCallback(lambda _: self.exchange_floors(generation))
+
     # Ownership notices.
 
     def notify_takeover(self, location: Location, generation: int) -> None:

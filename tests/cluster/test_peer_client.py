@@ -377,6 +377,22 @@ class FloorTests(PeerClientCase):
         self.assertEqual(self.successResultOf(self.peer_client.exchange_floors(7)), [])
         self.assertEqual(peer.requests(), [])
 
+    def test_node_that_joins(self) -> None:
+        """It is not connected to the others yet; some of them cannot be reached."""
+        floors = self.peer_client.learn_floors([node_status(), node_status(C, "")], 7)
+        peer = self.net.accept().open(b"Wsgateway-Features: floor\r\n")
+        (request,) = peer.requests()
+        self.assertEqual((request["method"], request["params"]), ("peer.floor", {"generation": 7}))
+        peer.respond(request, b'{"generation":9}')
+        self.assertEqual(self.successResultOf(floors), [9])
+
+    def test_nodes_that_cannot_be_reached_in_time(self) -> None:
+        floors = self.peer_client.learn_floors([node_status()], 7)
+        self.net.advance(1.9)
+        self.assertNoResult(floors)
+        self.net.advance(0.2)
+        self.assertEqual(self.successResultOf(floors), [])
+
     def test_node_that_does_not_answer(self) -> None:
         self.connect_with(b"Wsgateway-Features: floor\r\n")
         floors = self.peer_client.exchange_floors(7)

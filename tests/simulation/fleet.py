@@ -38,6 +38,8 @@ SETTLING_TIME = 45.0
 SWEEP_INTERVAL = 1.0
 #: time after which no fault has an effect any more, in seconds: leases have expired, and clients have noticed
 QUIET_TIME = LEASE + IDLE_TIMEOUT
+#: time in which a process that was stopped and goes on handles what has happened meanwhile, in seconds
+RESUME_TIME = 0.5
 #: time within which a client that follows goaway is back, in seconds
 HANDOFF_TIME = 2.0
 
@@ -236,7 +238,9 @@ class Fleet:
     def _session_opened(self, process: NodeProcess, key: SessionKey) -> None:
         highest = self._generations.get(key.client_id, 0)
         self.scheduler.trace(f"{process.name} has {key.client_id} with generation {key.generation}")
-        if key.generation <= highest:
+        # A process that was stopped may hear only now of a claim that it has made before.
+        was_stopped = self.scheduler.now - process.disturbed_at < RESUME_TIME
+        if key.generation <= highest and not was_stopped:
             self.ledger.violated(
                 "g", f"{process.name} has {key.client_id} with {key.generation}, after one had {highest}"
             )
