@@ -283,7 +283,7 @@ class BackendProtocol(ServerProtocol):
     def _dispatch(self, method: str, params: bytes | None, id: bytes, respond: Callable[[bytes], Any]) -> None:
         try:
             if len(self._in_progress) >= self.factory.max_in_progress:
-                raise RpcError(ErrorKind.TOO_MANY_CALLS, detail="too many requests of this connection are in progress")
+                raise RpcError(ErrorKind.TOO_MANY_CALLS, detail=self.factory.full_detail)
             result = self._methods.start(self, method, params)
         except RpcError as e:
             respond(self.encode_gateway_error(id, e.to_json()))
@@ -385,6 +385,7 @@ class BackendFactory(ServerFactory):
         self.upstream = upstream
         self.max_pushed_bytes = settings.send_buffer
         self.max_in_progress = settings.max_calls
+        self.full_detail = f"too many requests of this connection are in progress (--max-calls {settings.max_calls})"
         self._ping_interval = settings.ping_interval
         self._ping_timeout = settings.ping_timeout
         self.timers = reactor

@@ -11,8 +11,8 @@ or a refusal, with its error word in the body:
 
 <- 307 elsewhere (Location)                             if the client sent Wsgateway-Redirect: 1; else it is relayed
 <- 400 request, header, method, upgrade, client_id      401 token               403 origin, identity        404 path
-<- 429 rate, replaced (Retry-After)                     500 internal
-<- 503 starting, draining, registry, keys, full, openings, timeout (Retry-After)
+<- 429 replaced (Retry-After)                           500 internal
+<- 503 starting, draining, registry, keys, full, rate, openings, timeout (Retry-After)
 
 Relayed, at the peer URL: the client is connected to another node, which relays its bytes.
 
@@ -52,6 +52,7 @@ from gateway.auth.interface import Credentials, IAuthenticator, Identity, is_cli
 from gateway.auth.origin import AllowedOrigins, OwnOrigins, suggest_pattern
 from gateway.clients.health_check import health_response, may_be_health_check
 from gateway.clients.interface import ConnectRequest, IConnection, Session, UnparkedSession
+from gateway.clients.limit_log import LimitLog
 from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.net.tls import verified_certificate
@@ -62,7 +63,7 @@ from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.websocket.reassembly import ReassemblyBudget
-from gateway.websocket.server import ServerFactory, ServerProtocol
+from gateway.websocket.server import ServerFactory, ServerProtocol, format_address
 
 #: messages of maximum size that may be buffered for a moment beyond --send-buffer, such as a few calls at once
 BURST_MESSAGES = 4
@@ -147,6 +148,16 @@ class ClientProtocol(ServerProtocol):
     #: the relay to the node that serves the client, if it is not this one
     _relay: Any = None
 
+    def refuse(self, refusal: RequestRefusedError) -> None:
+        """Refuse the request; the log tells which limit is the reason, if one is."""
+        if self.state == self.STATE_CONNECTING:
+            self.factory.limit_log.refused(refusal, self.address or "an unknown address", self._request)
+        super().refuse(refusal)
+
+    def limit_exceeded(self, option: str) -> None:
+        if self._session is not None:
+            self.factory.limit_log.disconnected(self._session, option)
+
     def may_respond(self, data: bytes) -> bool:
         return may_be_health_check(data)
 
@@ -219,8 +230,8 @@ class ClientProtocol(ServerProtocol):
     def text_received(self, payload: bytes) -> None:
         self.factory.sessions.handle_message(self._session, payload)
 
-    def frame_received(self, message: bytes) -> None:
-        self.factory.sessions.frame_received(self._session, message)
+    def frame_received(self) -> None:
+        self.factory.sessions.frame_received(self._session)
 
     def closed(self, code: int) -> None:
         if self._session is not None:
@@ -258,6 +269,7 @@ class ClientFactory(ServerFactory):
         )
         self.sessions = sessions
         self.is_ready = is_ready
+        self.limit_log = LimitLog(settings, reactor.seconds)
         self._reactor = reactor
         self._authenticator = authenticator
         self._origins = AllowedOrigins(settings.origin)
@@ -275,6 +287,7 @@ class ClientFactory(ServerFactory):
         # Behind a load balancer, this is the address of the load balancer.
         if not self.behind_proxy and addr is not None and self.handshake_limiter.should_drop(getattr(addr, "host", "")):
             self.metrics.refused["dropped"] += 1
+            self.limit_log.dropped(format_address(addr))
             return None
         return super().buildProtocol(addr)
 
@@ -425,6 +438,7 @@ class RelayedClientFactory(ServerFactory):
             reassembly_budget=reassembly_budget,
         )
         self.sessions = sessions
+        self.limit_log = LimitLog(settings, reactor.seconds)
         self._authenticate_peer = authenticate_peer
         self._authentication_error = authentication_error
 

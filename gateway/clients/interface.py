@@ -105,12 +105,12 @@ class IClientHandler(Interface):
         """Return whether a connection was sent ``gateway.goaway`` and is kept only until the calls on it have ended. It
         is kept even while a newer connection of the same client is open on another node."""
 
-    def message_received(client_id: str, generation: int, payload: bytes) -> int:
+    def message_received(client_id: str, generation: int, payload: bytes) -> int | None:
         """Handle one text message, already validated as UTF-8.
 
         Returns the number of messages to charge (a batch counts each of its messages), 0 if it was not JSON-RPC 2.0, or
-        a negative number if something in a batch was not. The caller counts invalid messages and closes a connection
-        after too many in a row.
+        a negative number if something in a batch was not. ``None``: charge nothing, since it was the response to a call
+        in flight. The caller counts invalid messages and closes a connection after too many in a row.
         """
 
 
@@ -281,7 +281,7 @@ class UnparkedSession:
 class IParkingOwner(Interface):
     """Callbacks from ParkedSessions to the session table."""
 
-    def message_received(client_id: str, generation: int, payload: bytes) -> int:
+    def message_received(client_id: str, generation: int, payload: bytes) -> int | None:
         """Handle one text message; returns what :meth:`IClientHandler.message_received` returns."""
 
     def wake(unparked: UnparkedSession) -> Any:

@@ -139,18 +139,20 @@ class InboundThrottle:
         """``per_second`` is in messages; 0 means no limit."""
         self._clock = clock
         self._rate_limit = TokenBucket(per_second) if per_second > 0 else None
+        self._per_second = per_second
+        self._limit_log = RateLimitedLogger(clock.seconds)
         self._metrics = metrics
         self._paused: dict[Session, None] = {}
         self._timer: IDelayedCall | None = None
         self._lost_checked_at = -math.inf
 
-    def charge_frame(self, session: Session, message: bytes) -> None:
-        """Charge a client for one frame, and for the message that it completes, if any."""
+    def charge(self, session: Session, units: int) -> None:
+        """Charge a client for so many messages; pause it if it had exceeded its rate before."""
         if self._rate_limit is None:
             return
         now = self._clock.seconds()
         exceeded = self._rate_limit.wait_time(session.tat, now)
-        session.tat = self._rate_limit.charge(session.tat, now, message_units(message))
+        session.tat = self._rate_limit.charge(session.tat, now, units)
         if exceeded:
             self.pause(session)
 
@@ -158,16 +160,17 @@ class InboundThrottle:
         """Pause reading from a client until it is within its rate."""
         if not session.paused and session.connection is not None:
             self._metrics.paused_clients += 1
+            self._limit_log.warn(
+                "client {client_id} at {address} is slowed: --messages-per-client {limit:g}",
+                client_id=session.client_id,
+                address=session.address,
+                limit=self._per_second,
+            )
             session.paused = True
             self._paused[session] = None
             session.connection.pause_reading()
             if self._timer is None:
                 self._timer = self._clock.callLater(RESUME_INTERVAL, self._resume)
-
-    def charge(self, session: Session, units: int) -> None:
-        """Charge a client for more messages: the last one was a batch of that many more."""
-        if self._rate_limit is not None:
-            session.tat = self._rate_limit.charge(session.tat, self._clock.seconds(), units)
 
     def discard(self, session: Session) -> None:
         """Forget a client whose connection is closed."""

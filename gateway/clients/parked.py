@@ -145,7 +145,7 @@ class ParkedSessions(NestedEpoll):
         #: client_id -> fd
         self.fds: dict[str, int] = {}
         self._owner = owner
-        self._on_message: Callable[[str, int, bytes], int] = owner.message_received
+        self._on_message: Callable[[str, int, bytes], int | None] = owner.message_received
         self._reactor: IReactorFDSet = reactor
         self._cork = cork
         self._metrics = metrics
@@ -394,38 +394,40 @@ class ParkedSessions(NestedEpoll):
     def _handle_text(self, fd: int, payload: bytes) -> None:
         client_id, generation = self._client_ids[fd], self.generations[fd]
         assert client_id is not None
-        if self._rate_limit is not None and self._charge(
-            fd, 1 if len(payload) <= BYTES_PER_UNIT else message_units(payload)
-        ):
-            # Before the message is handled, since that may wake or close the session.
-            self._owner.pause_session(SessionKey(client_id, generation))
         try:
             handled = self._on_message(client_id, generation, payload)
         except Exception:  # noqa: BLE001
             self._error_log.failure("error in handling a message")
             self._owner.close_session(SessionKey(client_id, generation), CloseCode.INTERNAL_ERROR, "internal error")
             return
-        if handled != 1 or self._consecutive_bad[fd]:
-            self._account_message(fd, client_id, generation, handled)
+        if self._left_session is not None or self._consecutive_bad[fd] or len(payload) > BYTES_PER_UNIT:
+            self._account_message(fd, client_id, generation, payload, handled)
+        elif handled == 1:
+            if self._charge(fd, 1):
+                self._owner.pause_session(SessionKey(client_id, generation))
+        elif handled is not None:
+            self._account_message(fd, client_id, generation, payload, handled)
 
-    def _account_message(self, fd: int, client_id: str, generation: int, handled: int) -> None:
-        """Charge for a batch, and count invalid messages, of a session that is parked or has just left the table.
-
-        ``handled`` is the number of messages; 0, or a negative number for a batch, if something in it was not JSON-RPC
-        2.0.
-        """
+    def _account_message(self, fd: int, client_id: str, generation: int, payload: bytes, handled: int | None) -> None:
+        """Charge for a message or batch, and count invalid messages, of a session that is parked or has just left the
+        table. ``handled`` is what :meth:`IClientHandler.message_received` has returned."""
         session = self._left_session
-        units = abs(handled) - 1
-        if units > 0 and self._rate_limit is not None:
-            if session is not None:
-                session.tat = self._rate_limit.charge(session.tat, self._now, units)
+        if handled is not None and self._rate_limit is not None:
+            units = message_units(payload) + max(0, abs(handled) - 1)
+            if session is None:
+                exceeded = self._charge(fd, units)
             else:
-                self._tat[fd] = self._rate_limit.charge(self._tat[fd], self._now, units)
+                exceeded = self._rate_limit.wait_time(session.tat, self._now) > 0
+                session.tat = self._rate_limit.charge(session.tat, self._now, units)
+            if exceeded:
+                self._owner.pause_session(SessionKey(client_id, generation))
+                session = self._left_session
+        is_valid = handled is None or handled > 0
         if session is not None:
-            session.consecutive_bad = 0 if handled > 0 else session.consecutive_bad + 1
+            session.consecutive_bad = 0 if is_valid else session.consecutive_bad + 1
             consecutive_bad = session.consecutive_bad
         else:
-            consecutive_bad = self._consecutive_bad[fd] = 0 if handled > 0 else self._consecutive_bad[fd] + 1
+            consecutive_bad = self._consecutive_bad[fd] = 0 if is_valid else self._consecutive_bad[fd] + 1
         if consecutive_bad >= MAX_BAD_MESSAGES:
             reason = f"{consecutive_bad} messages in a row were no JSON-RPC 2.0"
             self._owner.close_session(SessionKey(client_id, generation), CloseCode.POLICY_VIOLATION, reason)

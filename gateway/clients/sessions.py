@@ -27,7 +27,7 @@ from gateway.clients.interface import (
     Session,
     SessionInfo,
 )
-from gateway.clients.keepalive import InboundThrottle, KeepAlive
+from gateway.clients.keepalive import InboundThrottle, KeepAlive, message_units
 from gateway.clients.table import ParkingOptions, SessionTable
 from gateway.metrics import Metrics
 from gateway.protocol.frames import CloseCode
@@ -277,9 +277,9 @@ class ClientSessions:
     def handle_message(self, session: Session, payload: bytes) -> None:
         """Pass a text message to the handler. Closes the connection after too many invalid ones in a row."""
         handled = self._handler.message_received(session.client_id, session.generation, payload)
-        if abs(handled) > 1:
-            self._throttle.charge(session, abs(handled) - 1)
-        if handled > 0:
+        if handled is not None:
+            self._throttle.charge(session, message_units(payload) + max(0, abs(handled) - 1))
+        if handled is None or handled > 0:
             session.consecutive_bad = 0
             return
         session.consecutive_bad += 1
@@ -292,9 +292,9 @@ class ClientSessions:
         """Park the session soon, if it is idle now that its input is handled."""
         self._table.on_idle(session)
 
-    def frame_received(self, session: Session, message: bytes) -> None:
-        """Charge a client for a frame, and for the message that it completes."""
-        self._throttle.charge_frame(session, message)
+    def frame_received(self, session: Session) -> None:
+        """Charge a client for a frame that completes no message."""
+        self._throttle.charge(session, 1)
 
     def closed(self, session: Session, code: int) -> None:
         """Release a session whose connection can no longer be used, for any reason. ``code`` is the close code."""

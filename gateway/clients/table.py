@@ -123,7 +123,7 @@ class SessionTable:
 
     def __init__(
         self,
-        message_received: Callable[[str, int, bytes], int],
+        message_received: Callable[[str, int, bytes], int | None],
         on_closed: Callable[[Session, int], None],
         on_rate_exceeded: Callable[[Session], None],
         settings: Settings,

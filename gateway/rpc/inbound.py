@@ -161,30 +161,33 @@ class Inbound:
             call.cancel()
         self._notify_upstream(self._upstream.disconnected, key)
 
-    def message_received(self, session: tuple[str, int], payload: bytes) -> int:
+    def message_received(self, session: tuple[str, int], payload: bytes) -> int | None:
         """Handle one message or batch.
 
         Returns the number of messages to charge, by their number and the CPU time taken to handle them; 0 or a negative
-        number if it, or something in it, was not JSON-RPC 2.0.
+        number if it, or something in it, was not JSON-RPC 2.0. ``None``: charge nothing, since all of it was responses
+        to calls in flight, which bound them.
         """
         if len(payload) <= MESSAGE_UNIT_SIZE:
             return self._handle_payload(session, payload)
         started_at = self._cpu_clock()
         handled = self._handle_payload(session, payload)
+        if handled is None:
+            return None
         # By its size, it is charged already.
         extra = int((self._cpu_clock() - started_at) / CPU_TIME_PER_MESSAGE) - len(payload) // MESSAGE_UNIT_SIZE
         if extra <= 0:
             return handled
         return handled + extra if handled > 0 else min(handled, -1) - extra
 
-    def _handle_payload(self, session: tuple[str, int], payload: bytes) -> int:
+    def _handle_payload(self, session: tuple[str, int], payload: bytes) -> int | None:
         message = decode(payload)
         if isinstance(message, Response):
-            self._handle_response(session, message)
-            return 1
+            return None if self._handle_response(session, message) else 1
         client_id, generation = session
+        matched = 0
         if isinstance(message, list):
-            valid = self._handle_batch(session, message)
+            valid, matched = self._handle_batch(session, message)
         else:
             if isinstance(message, Invalid):
                 self._fail_unreadable(session, message, payload)
@@ -196,11 +199,12 @@ class Inbound:
             valid = self._handle_message(session, message, respond)
         count = len(message) if isinstance(message, list) else 1
         if valid:
-            return count
+            return count - matched or None
         self._metrics.bad_messages["client"] += 1
         return -count if count > 1 else 0
 
-    def _handle_batch(self, session: tuple[str, int], messages: list[Message]) -> bool:
+    def _handle_batch(self, session: tuple[str, int], messages: list[Message]) -> tuple[bool, int]:
+        """Returns whether all of it was valid, and the number of responses to calls in flight."""
         client_id, generation = session
         expected = sum(isinstance(message, (Request, Invalid)) for message in messages)
 
@@ -208,15 +212,15 @@ class Inbound:
             self._sessions.send(client_id, responses, generation)
 
         batch = BoundedResponseBatch(client_id, expected, self._max_message_size, send)
-        valid = True
+        valid, matched = True, 0
         for message in messages:
             if isinstance(message, Response):
-                self._handle_response(session, message)
+                matched += self._handle_response(session, message)
                 continue
             if isinstance(message, Invalid):
                 self._fail_unreadable(session, message)
             valid &= self._handle_message(session, message, batch.add)
-        return valid
+        return valid, matched
 
     def _handle_message(
         self, session: tuple[str, int], message: Request | Notification | Invalid, respond: Respond
@@ -230,15 +234,17 @@ class Inbound:
             return False
         return True
 
-    def _handle_response(self, session: tuple[str, int], response: Response) -> None:
+    def _handle_response(self, session: tuple[str, int], response: Response) -> bool:
+        """Complete a call. Returns ``False`` if the response is to none in flight on this connection."""
         id = response.id
         # Searching bytes for an integer takes a tenth of the time of searching for bytes.
         if BACKSLASH in id:
             id = _unescape_id(id)
         if self._pending.resolve(session, id, Reply(response.result, response.error)):
             self._metrics.calls_answered += 1
-        else:
-            self._metrics.late_responses += 1
+            return True
+        self._metrics.late_responses += 1
+        return False
 
     def _fail_unreadable(self, session: tuple[str, int], message: Invalid, payload: bytes = b"") -> None:
         """Fail a call at once whose response was received but cannot be parsed. ``payload`` is that of a message that
@@ -285,7 +291,8 @@ class Inbound:
             detail = "this node is going away: ask again where you connect next"
             refusal = RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail=detail)
         elif len(self._calls.get(session, ())) >= self._max_calls_per_client:
-            refusal = RpcError(ErrorKind.TOO_MANY_CALLS, client_id)
+            detail = f"too many calls of this client in flight (--max-calls-per-client {self._max_calls_per_client})"
+            refusal = RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail=detail)
         if refusal is not None:
             self._metrics.upstream_calls[str(refusal.code)] += 1
             respond(request.id, refusal)

@@ -119,7 +119,11 @@ class PendingCalls:
         max_per_owner: int,
         tick: float = 0.05,
         on_failure: Callable[[RpcError], None] | None = None,
+        owner_full_detail: str | None = None,
     ) -> None:
+        #: the detail of the error if there are too many calls in all
+        self.full_detail = f"too many calls in flight on this node (--max-calls {max_calls})"
+        self._owner_full_detail = owner_full_detail
         self._clock = clock
         self._seconds = clock.seconds
         self._max_calls = max_calls
@@ -164,12 +168,12 @@ class PendingCalls:
         :meth:`mark_sent`. Raises ``RpcError`` (``TOO_MANY_CALLS``).
         """
         if len(self._calls) >= self._max_calls:
-            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail="too many calls in flight on this node")
+            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail=self.full_detail)
         owner_calls = self._owners.get(owner)
         if owner_calls is None:
             owner_calls = self._owners[owner] = {}
         elif len(owner_calls) >= self._max_per_owner:
-            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id)
+            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail=self._owner_full_detail)
         slot = ceil((self._seconds() + timeout) / self._tick - _TOLERANCE)
         slot_calls = self._slots.get(slot)
         if slot_calls is None:

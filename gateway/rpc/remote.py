@@ -483,7 +483,7 @@ class RemoteDelivery:
                 ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail="this node is going away: ask another"
             )
         if not self._pending.has_room():
-            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail="too many calls in flight on this node")
+            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail=self._pending.full_detail)
 
     def _reserve(self, call: RemoteCall) -> None:
         self._count += 1

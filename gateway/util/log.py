@@ -38,7 +38,7 @@ class LogLimiter:
 
 
 class RateLimitedLogger:
-    """Log internal errors, each message at most once per ``interval`` seconds of ``clock``."""
+    """Log internal errors and what limits do, each message at most once per ``interval`` seconds of ``clock``."""
 
     _log = Logger()
 
@@ -52,14 +52,24 @@ class RateLimitedLogger:
 
         ``message`` is one of a few fixed texts: there is one limit for each.
         """
-        limiter = self._limiters.get(message)
-        if limiter is None:
-            limiter = self._limiters[message] = LogLimiter(self._clock, self._interval)
-        suppressed = limiter.allow()
+        suppressed = self._allow(message)
         if suppressed is not None:
             self._log.failure(
                 "{what} ({suppressed} more since the last report)", failure, what=message, suppressed=suppressed
             )
+
+    def warn(self, message: str, **fields: object) -> None:
+        """Log a warning. ``message`` is one of a few fixed formats of ``fields``: there is one limit for each."""
+        suppressed = self._allow(message)
+        if suppressed is not None:
+            more = f" ({suppressed} more since the last report)" if suppressed else ""
+            self._log.warn(message + more, **fields)
+
+    def _allow(self, message: str) -> int | None:
+        limiter = self._limiters.get(message)
+        if limiter is None:
+            limiter = self._limiters[message] = LogLimiter(self._clock, self._interval)
+        return limiter.allow()
 
 
 def one_line(text: object) -> str:

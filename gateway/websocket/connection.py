@@ -47,6 +47,8 @@ MAX_CLOSING_BYTES = 2**24
 _OPEN = SlimServerProtocol.STATE_OPEN
 _CLOSED = SlimServerProtocol.STATE_CLOSED
 _CONNECTING = SlimServerProtocol.STATE_CONNECTING
+#: bytes of a fragment that costs nothing beside the message, which is charged by its size
+MIN_FREE_FRAGMENT = 2**14
 _MAX_CONTROL_PAYLOAD = 125
 #: bytes of a close frame's reason: its payload less the code
 _MAX_REASON = 123
@@ -124,11 +126,12 @@ class ServerConnection(SlimServerProtocol):
         once, after :meth:`opened`; the socket may outlive it until the closing handshake is complete.
         """
 
-    def frame_received(self, message: bytes) -> None:
-        """Count a frame, before its content is delivered.
+    def frame_received(self) -> None:
+        """Count a frame that completes no message: a ping, a pong, and a fragment of less than ``MIN_FREE_FRAGMENT``
+        bytes. The size of a message counts in itself."""
 
-        ``message`` is the message that the frame completes; empty for any other fragment, a ping and a pong.
-        """
+    def limit_exceeded(self, option: str) -> None:
+        """Take note that the connection is closed because of a limit, that of this option."""
 
     # Operations.
 
@@ -215,7 +218,6 @@ class ServerConnection(SlimServerProtocol):
 
     def message_complete(self, payload: bytes) -> None:
         """Deliver a whole text message, valid UTF-8."""
-        self.frame_received(payload)
         try:
             self.text_received(payload)
         except Exception:  # noqa: BLE001
@@ -305,6 +307,7 @@ class ServerConnection(SlimServerProtocol):
         """Check the size of a message; ``length`` is that of its next frame, from the header."""
         self._message_size += length
         if self._message_size > self.maxMessagePayloadSize:
+            self.limit_exceeded(f"--max-message-size {self.maxMessagePayloadSize}")
             self._fail_connection(CloseCode.MESSAGE_TOO_BIG, f"a message may have {self.maxMessagePayloadSize} bytes")
 
     def onMessageFrameData(self, payload: bytes) -> None:
@@ -321,8 +324,9 @@ class ServerConnection(SlimServerProtocol):
         self.factory.reassembly_budget.charge(self, len(payload))
 
     def onMessageFrameEnd(self) -> None:
-        if not self.current_frame.fin and self.state == _OPEN:
-            self.frame_received(b"")
+        frame = self.current_frame
+        if not frame.fin and frame.length < MIN_FREE_FRAGMENT and self.state == _OPEN:
+            self.frame_received()
 
     def onMessageEnd(self) -> None:
         message, self._message = self._message, None
@@ -341,12 +345,12 @@ class ServerConnection(SlimServerProtocol):
     def onPing(self, payload: bytes) -> None:
         """Answer a ping."""
         if self.state == _OPEN:
-            self.frame_received(b"")
+            self.frame_received()
             self.sendPong(payload)
 
     def onPong(self, payload: bytes) -> None:
         if self.state == _OPEN:
-            self.frame_received(b"")
+            self.frame_received()
 
     # Bytes out.
 
@@ -393,6 +397,7 @@ class ServerConnection(SlimServerProtocol):
     def _on_slow_consumer(self) -> None:
         if self.state == _OPEN:
             self.factory.metrics.slow_readers += 1
+            self.limit_exceeded(f"--send-buffer {self.send_buffer}: it reads too slowly")
             self.close_with(CloseCode.TRY_AGAIN_LATER, "reads too slowly")
 
     def stopProducing(self) -> None:

@@ -100,8 +100,9 @@ class HandshakeLimiter:
             return ""
         count = self._per_network.get(network, 0)
         if count >= self._max_per_network:
+            # Not 429: a reconnect storm behind one address is over soon, and clients stop for good at a 4xx.
             raise RequestRefusedError(
-                429,
+                503,
                 "rate",
                 "too many opening handshakes in progress from your address; try later",
                 [retry_after_header(1)],
@@ -113,7 +114,7 @@ class HandshakeLimiter:
         wait = self._rate_limiter.acquire(network)
         if wait:
             raise RequestRefusedError(
-                429, "rate", "too many connections from your address; try later", [retry_after_header(wait)]
+                503, "rate", "too many connections from your address; try later", [retry_after_header(wait)]
             )
 
     def _finish(self, network: str) -> None:

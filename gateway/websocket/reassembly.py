@@ -17,6 +17,8 @@ MAX_INCOMPLETE_MESSAGES = 256
 
 
 class _ClosableConnection(Protocol):
+    def limit_exceeded(self, option: str) -> None: ...
+
     def close_with(self, code: int, reason: str = "") -> None: ...
 
 
@@ -40,6 +42,10 @@ class ReassemblyBudget:
             slowest = next(iter(self._held))
             self.release(slowest)
             self._metrics.slow_senders += 1
+            slowest.limit_exceeded(
+                f"{MAX_INCOMPLETE_MESSAGES} incomplete messages of --max-message-size on this node: its own is the "
+                "longest without progress"
+            )
             slowest.close_with(
                 CloseCode.TRY_AGAIN_LATER, "its message is incomplete, and this node holds too many of those"
             )

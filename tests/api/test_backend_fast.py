@@ -49,6 +49,7 @@ class BackendHarness:
     """A dispatcher and a backend. Without ``fast`` the fast path is disabled."""
 
     max_in_progress = 3
+    full_detail = "too many"
     max_pushed_bytes = 65536
 
     def __init__(self, fast=True):

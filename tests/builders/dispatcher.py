@@ -101,7 +101,7 @@ class DispatcherTestCase(SynchronousTestCase):
         (request,) = self.sent(client_id)
         return request["id"], call
 
-    def receive(self, client_id: str, message: Any, generation: int = 1) -> int:
+    def receive(self, client_id: str, message: Any, generation: int = 1) -> int | None:
         """Receive a message from a client; anything but bytes is encoded."""
         payload = message if isinstance(message, bytes) else json.dumps(message).encode()
         return self.dispatcher.message_received(client_id, generation, payload)

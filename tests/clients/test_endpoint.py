@@ -309,7 +309,7 @@ class LimitTest(EndpointTestCase):
         for name in "abc":
             self.assert_opens(node, name, f"/v1/connect?client_id={name}")
         status, word, headers = self.connect(node).refusal()
-        self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
+        self.assertEqual((status, word, headers["Retry-After"]), (503, "rate", "1"))
         other = node.dial("192.0.2.2")
         other.send(build_request())
         other.expect_open()
@@ -321,7 +321,7 @@ class LimitTest(EndpointTestCase):
         node = FakeNode(openings_per_address=1)
         self.assert_opens(node, "a", "/v1/connect?client_id=a")
         for _ in range(50):
-            self.assertEqual(self.connect(node).refusal()[:2], (429, "rate"))
+            self.assertEqual(self.connect(node).refusal()[:2], (503, "rate"))
         address = node.dial("192.0.2.2").transport.getPeer()
         self.assertIsNotNone(node.factory.buildProtocol(address))
         self.assertIsNone(node.factory.buildProtocol(FakeTransport().getPeer()))
@@ -340,13 +340,13 @@ class LimitTest(EndpointTestCase):
                 client.send(build_request(f"/v1/connect?client_id={name}"))
                 client.expect_open()
         client.send(b"GET /v1")
-        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        self.assertEqual(client.refusal()[:2], (503, "rate"))
 
     def test_guessing_tokens_is_limited(self) -> None:
         node = FakeNode((self.tokens(a="secret"),), openings_per_address=3)
         for _ in range(3):
             self.assert_refused(node, 401, "token", "/v1/connect", Authorization="Bearer wrong")
-        self.assert_refused(node, 429, "rate", "/v1/connect", Authorization="Bearer secret")
+        self.assert_refused(node, 503, "rate", "/v1/connect", Authorization="Bearer secret")
 
     def test_a_slow_head_counts(self) -> None:
         """The first bytes count, whatever they are. A refusal is sent as soon as they cannot be a health check."""
@@ -357,7 +357,7 @@ class LimitTest(EndpointTestCase):
         client.send(b"G")
         self.assertEqual(client.transport.pop_written(), b"")
         client.send(b"X")
-        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        self.assertEqual(client.refusal()[:2], (503, "rate"))
         client.send(build_request())
         self.assertEqual(client.transport.pop_written(), b"")
 
@@ -373,7 +373,7 @@ class LimitTest(EndpointTestCase):
         client = node.dial()
         client.send(build_request())
         status, word, headers = client.refusal()
-        self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
+        self.assertEqual((status, word, headers["Retry-After"]), (503, "rate", "1"))
         self.assertEqual(node.factory.handshake_limiter.in_progress, 100)
         other = node.dial("192.0.2.2")
         other.send(build_request("/v1/connect?client_id=b"))
@@ -502,7 +502,7 @@ class ProxyTest(SynchronousTestCase):
             self.dial("192.0.2.7").send(b"G")
         client = self.dial("192.0.2.7")
         client.send(b"GET /v1")
-        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        self.assertEqual(client.refusal()[:2], (503, "rate"))
         self.dial("192.0.2.8").send(build_request())
         self.assertEqual(self.node.sessions.count(), 1)
 
@@ -510,7 +510,7 @@ class ProxyTest(SynchronousTestCase):
         for number in range(101):
             client = self.dial("192.0.2.7")
             client.send(build_request(f"/v1/connect?client_id=c{number}"))
-        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        self.assertEqual(client.refusal()[:2], (503, "rate"))
         self.assertEqual(self.node.sessions.count(), 100)
 
     def test_all_endpoints_share_the_limit(self) -> None:

@@ -9,6 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.clients.keepalive import message_units
 from gateway.registry.interface import SessionKey
+from gateway.websocket.connection import MIN_FREE_FRAGMENT
 from tests.builders.frames import build_frame, text_frame
 from tests.builders.sockets import connection_end, read_available, tcp_pair, wait_readable
 from tests.fakes.clients import FakeClient, FakeNode
@@ -270,6 +271,8 @@ class ParkedKeepAliveTest(SynchronousTestCase):
 class InboundThrottleTest(SynchronousTestCase):
     """Messages per second and client"""
 
+    client_continues = False
+
     def setUp(self) -> None:
         self.node = FakeNode(messages_per_client=10)
         self.client = self.node.connect()
@@ -288,6 +291,26 @@ class InboundThrottleTest(SynchronousTestCase):
         self.assertFalse(self.client.transport.paused)
         self.assertEqual(self.node.sessions.count(), 1)
         self.assertEqual(self.node.clock.getDelayedCalls(), [])
+
+    def test_responses_to_calls_in_flight_are_not_counted(self) -> None:
+        """Nor their size, nor their large fragments."""
+        for _ in range(30):
+            self.client.send(text_frame(b"answer"))
+            self.client.send(text_frame(b"answer" + b"x" * 600_000))
+            for final in (False, False, True):
+                payload = b"answer" + b"x" * MIN_FREE_FRAGMENT
+                self.client.send(build_frame(0 if self.client_continues else 1, payload, fin=final))
+                self.client_continues = not final
+        self.assertEqual((len(self.node.handler.messages), self.node.metrics.paused_clients), (90, 0))
+        # Other messages have their whole allowance.
+        self.client.send(text_frame(b"{}") * 10)
+        self.assertEqual(self.node.metrics.paused_clients, 0)
+
+    def test_invalid_messages_in_a_row_end_with_a_response(self) -> None:
+        for _ in range(8):
+            self.client.send(text_frame(b"bad"))
+            self.client.send(text_frame(b"answer"))
+        self.assertIsNone(self.client.close_code())
 
     def test_within_the_rate(self) -> None:
         for _ in range(30):

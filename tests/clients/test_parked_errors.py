@@ -240,6 +240,16 @@ class RateLimitTest(ParkedSessionsTestCase):
             self.fixture.step()
             self.assertEqual((len(self.owner.messages), self.owner.paused), (2, [("a", 7)]))
 
+    def test_responses_to_calls_in_flight_are_not_charged(self) -> None:
+        client_end = self.fixture.park("a")
+        for _ in range(30):
+            client_end.send(text_frame(b"answer") + text_frame(b"answer" + b"x" * 30000))
+            self.fixture.step()
+        self.assertEqual((len(self.owner.messages), self.owner.paused), (60, []))
+        client_end.send(text_frame(b"{}") * 9)
+        self.fixture.step()
+        self.assertEqual(self.owner.paused, [])
+
     def test_batch_that_wakes_is_charged(self) -> None:
         client_end = self.fixture.park("a")
         self.owner.on_message = lambda client_id, payload: (self.parked.wake("a"), 5)[1]
@@ -248,12 +258,12 @@ class RateLimitTest(ParkedSessionsTestCase):
         self.assertAlmostEqual(self.assert_woken().session.tat, self.fixture.now + 0.5)
 
     def test_woken_by_the_excess_message(self) -> None:
-        """Before that message is handled, which may close or wake the session."""
+        """After that message is handled, which may close or wake the session."""
         client_end = self.fixture.park("a", tat=self.fixture.now + 1)
         self.owner.on_message = lambda client_id, payload: self.owner.paused.append("handled")
         client_end.send(text_frame(b"{}"))
         self.fixture.step()
-        self.assertEqual(self.owner.paused, [("a", 7), "handled"])
+        self.assertEqual(self.owner.paused, ["handled", ("a", 7)])
         self.assertAlmostEqual(self.assert_woken().session.tat, self.fixture.now + 1.1)
 
     def test_messages_before_parking_count(self) -> None:

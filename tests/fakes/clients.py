@@ -155,12 +155,14 @@ class FakeHandler:
     def is_finishing_calls(self, key: SessionKey) -> bool:
         return key.client_id in self.finishing_calls
 
-    def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
+    def message_received(self, client_id: str, generation: int, payload: bytes) -> int | None:
         self.events.append(("message", client_id, generation, payload))
         if payload == b"boom":
             raise ZeroDivisionError("boom")
         if self.on_message is not None:
             self.on_message(payload)
+        if payload.startswith(b"answer"):
+            return None
         return payload != b"bad" if self.message_count is None else self.message_count
 
     @property

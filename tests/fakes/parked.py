@@ -54,11 +54,13 @@ class FakeParkingOwner:
         #: whether sessions that are woken turn out to be lost
         self.fails_to_wake = False
 
-    def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
+    def message_received(self, client_id: str, generation: int, payload: bytes) -> int | None:
         self.messages.append((client_id, generation, payload))
         if payload == b"boom":
             raise ZeroDivisionError("boom")
         handled = self.on_message(client_id, payload)
+        if payload.startswith(b"answer"):
+            return None
         return handled if isinstance(handled, int) else payload != b"bad"
 
     def wake(self, unparked: UnparkedSession) -> FakeUnparkedProtocol | None:

@@ -39,7 +39,7 @@ class CallTests(DispatcherTestCase):
         )
         self.assertNoResult(call)
         self.assertEqual(self.dispatcher.calls_in_flight(), 1)
-        self.assertTrue(self.receive("x", b'{"jsonrpc":"2.0","result":{ "free":1.0e1 },"id":"%b"}' % uuid))
+        self.assertIsNone(self.receive("x", b'{"jsonrpc":"2.0","result":{ "free":1.0e1 },"id":"%b"}' % uuid))
         self.assertEqual(self.successResultOf(call), Reply(b'{ "free":1.0e1 }', None))
         self.assertEqual((self.metrics.calls, self.metrics.calls_answered), (1, 1))
         self.assertEqual(self.registry.queries, [])
@@ -199,7 +199,7 @@ class CallTests(DispatcherTestCase):
         self.assert_nothing_left()
 
     def test_answered_while_it_is_sent(self) -> None:
-        self.sessions.on_send = lambda client_id, payload: self.assertTrue(
+        self.sessions.on_send = lambda client_id, payload: self.assertIsNone(
             self.receive("x", result(payload[23:59].decode()))
         )
         self.assertEqual(self.successResultOf(self.dispatcher.call("x", "m", None)), REPLY)

@@ -149,7 +149,10 @@ class RequestTests(InboundTestCase):
             self.assertTrue(self.receive("x", request(id)))
         self.receive("y", request(0))
         self.assertEqual(len(self.upstream.calls), 5)
-        self.assertEqual(self.sent("x"), [error(4, -32005, "too many calls in flight")])
+        (refusal,) = self.sent("x")
+        detail = refusal["error"]["data"].pop("detail")
+        self.assertEqual(refusal, error(4, -32005, "too many calls in flight"))
+        self.assertIn("--max-calls-per-client 4", detail)
         self.upstream.calls[0][3].callback(Reply(b"1", None))
         self.receive("x", request(6))
         self.assertEqual(len(self.upstream.calls), 6)
@@ -296,6 +299,34 @@ class BatchTests(InboundTestCase):
         )
 
 
+class ChargeTests(InboundTestCase):
+    """The number of messages to charge"""
+
+    def test_responses(self) -> None:
+        self.connect("y")
+        uuid, call = self.start_call("x")
+        other, _ = self.start_call("y")
+        # To no call, to that of another client, to one in flight, and late.
+        received = [self.receive("x", result(id)) for id in ("5f0c", other, uuid, uuid)]
+        self.assertEqual(received, [1, 1, None, 1])
+        self.successResultOf(call)
+
+    def test_large_responses(self) -> None:
+        uuid, _ = self.start_call("x")
+        payload = b'{"jsonrpc":"2.0","id":"%b","result":"%b"}' % (uuid.encode(), b"x" * 50000)
+        self.assertIsNone(self.receive("x", payload))
+        self.assertIsNotNone(self.receive("x", payload))
+
+    def test_batch(self) -> None:
+        uuids = [self.start_call("x")[0] for _ in range(2)]
+        responses = [result(uuid) for uuid in uuids]
+        late = result("5f0c")
+        event = notification("m")
+        self.assertEqual(self.receive("x", [responses[0], late, event, event]), 3)
+        self.assertIsNone(self.receive("x", [responses[1]]))
+        self.assertEqual(self.receive("x", [responses[1]]), 1)
+
+
 class AnythingTests(InboundTestCase):
     """Whatever a client sends, nothing is raised, and no call of another client is affected."""
 
@@ -321,13 +352,13 @@ class AnythingTests(InboundTestCase):
         message = st.one_of(members, st.lists(members | st.integers(), max_size=4)).map(json.dumps).map(str.encode)
         cut = st.tuples(message, st.integers(0, 60)).map(lambda t: t[0][: -t[1]] + b"\xff"[: t[1] % 2])
         for payload in data.draw(st.lists(message | cut | st.binary(max_size=30), max_size=6)):
-            self.assertIsInstance(self.receive("x", payload), int)
+            self.assertIsInstance(self.receive("x", payload), (int, type(None)))
         for _, _, payload in self.sessions.sent:
             json.loads(payload)
             self.assertLessEqual(len(payload), MAX_MESSAGE_SIZE)
         self.assertNoResult(call)
         self.disconnect("x")
         self.assertNoResult(call)
-        self.assertTrue(self.receive("y", result(uuid)))
+        self.assertIsNone(self.receive("y", result(uuid)))
         self.successResultOf(call)
         self.assert_nothing_left()

@@ -41,7 +41,7 @@ class HandshakeLimiterTest(SynchronousTestCase):
         limiter = self.limiter(per_address=20)
         tickets = [self.identified(limiter, HOST) for _ in range(100)]
         refusal = self.assert_too_many(limiter, HOST)
-        self.assertEqual((refusal.status, refusal.reason, refusal.headers), (429, "rate", (("Retry-After", "1"),)))
+        self.assertEqual((refusal.status, refusal.reason, refusal.headers), (503, "rate", (("Retry-After", "1"),)))
         for _ in range(100):
             self.identified(limiter, "192.0.2.2")
         tickets.pop().finished()
@@ -79,7 +79,7 @@ class HandshakeLimiterTest(SynchronousTestCase):
         self.identified(limiter, HOST).charged()
         self.identified(limiter, HOST).charged()
         refusal = self.assertRaises(RequestRefusedError, self.identified(limiter, HOST).charged)
-        self.assertEqual((refusal.status, refusal.reason, refusal.headers), (429, "rate", (("Retry-After", "1"),)))
+        self.assertEqual((refusal.status, refusal.reason, refusal.headers), (503, "rate", (("Retry-After", "1"),)))
         self.identified(limiter, "192.0.2.2").charged()
         self.clock.advance(0.5)
         self.identified(limiter, HOST).charged()

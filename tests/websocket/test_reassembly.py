@@ -16,6 +16,9 @@ class FakeConnection:
     def __init__(self) -> None:
         self.closed: list[int] = []
 
+    def limit_exceeded(self, option: str) -> None:
+        assert "--max-message-size" in option
+
     def close_with(self, code: int, reason: str = "") -> None:
         self.closed.append(code)
 

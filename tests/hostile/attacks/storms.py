@@ -75,7 +75,7 @@ def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[in
     "opening handshakes at one byte a second, from one address",
     "drops each after 5 s; answers 429 above --openings-per-address",
     "dropped",
-    tolerated=["429 rate"],
+    tolerated=["503 rate"],
     memory=64,
     patient=True,
 )
@@ -99,7 +99,7 @@ def slow_openings_from_many(target: Target, size: Size) -> Seen:
     "silent connections, from one address",
     "the same",
     "dropped",
-    tolerated=["429 rate"],
+    tolerated=["503 rate"],
     memory=64,
     patient=True,
 )
@@ -181,7 +181,7 @@ def clients_gone_at_once(target: Target, size: Size) -> Seen:
     "invalid opening handshakes at full speed, from one address",
     "400; above --openings-per-address 429, or drops the connection",
     "400 client_id",
-    tolerated=["429 rate", "dropped"],
+    tolerated=["503 rate", "dropped"],
 )
 def wrong_openings(target: Target, size: Size) -> Seen:
     return _storm(one_source, opening("a b".replace(" ", "%20")), target, size)
@@ -218,7 +218,7 @@ def openings_from_many(target: Target, size: Size) -> Seen:
     "allows five replacements in a minute; then 429, and the current connection stays",
     "101",
     "429 replaced",
-    tolerated=["429 rate"],
+    tolerated=["503 rate"],
 )
 def evictions(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
