@@ -26,6 +26,7 @@ from gateway.api.responses import MAX_ENVELOPE_SIZE
 from gateway.api.upstream import BackendDispatcher
 from gateway.auth.authenticator import AuthenticatorChain
 from gateway.auth.backend_tokens import BackendTokens
+from gateway.auth.tickets import Tickets
 from gateway.clients.endpoint import ClientFactory, RelayedClientFactory
 from gateway.clients.interface import IClientSessions, UnparkedSession
 from gateway.clients.sessions import ClientSessions
@@ -104,10 +105,14 @@ class Components:
         settings, metrics, clock = self._settings, self.metrics, self._reactor.seconds
         self.certificate_reloader = CertificateReloader(metrics.gauges, on_reload=self._certificates_reloaded)
         self.proxy_header_errors = ProxyHeaderErrors(metrics, clock)
-        self.authenticator = AuthenticatorChain(settings.auth, reactor=self._reactor, metrics=metrics)
         self.backend_tokens = BackendTokens(settings.backend_token_file) if settings.backend_token_file else None
         self.cluster_secret = ClusterSecret.from_settings(settings)
         self._peer_auth = PeerAuth(self._node.node_id, self.cluster_secret)
+        secret = self.cluster_secret
+        self._tickets = Tickets(self._node.node_id, secret, signing_secret=secret.get_or_create)
+        self.authenticator = AuthenticatorChain(
+            settings.auth, reactor=self._reactor, metrics=metrics, tickets=self._tickets
+        )
         self._peer_tls = PeerTLS(own_certificates=self.certificate_reloader.for_peers)
 
     def _make_membership(self) -> None:
@@ -174,6 +179,7 @@ class Components:
             node_directory=self.node_directory,
             clock=reactor,
             has_relay_room=self._has_relay_room,
+            tickets=self._tickets,
         )
 
     def _make_sessions(self) -> None:
@@ -229,6 +235,7 @@ class Components:
             registry=self.registry,
             node_directory=self.node_directory,
             max_call_timeout=settings.max_call_timeout,
+            tickets=self._tickets,
         )
         self.rebalancer = Rebalancer(
             node=self._node,

@@ -21,7 +21,7 @@ from gateway import __version__
 #: name of a Counter attribute -> (label, help)
 _LABELED_COUNTERS = {
     "refused": ("reason", "Refused opening handshakes."),
-    "token_refusals": ("reason", "Rejected tokens and client certificates."),
+    "token_refusals": ("reason", "Rejected tokens, tickets and client certificates."),
     "closed": ("code", "Ended client connections, by the close code that was sent or received."),
     "calls_failed": ("code", "Calls that ended with an error of the gateway, by its code."),
     "bad_messages": ("source", "Messages that were not valid JSON-RPC 2.0."),

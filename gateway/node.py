@@ -32,7 +32,7 @@ from zope.interface import implementer
 from gateway import __version__
 from gateway.cluster.drain import run_step
 from gateway.cluster.interface import INodeService, NodeState
-from gateway.cluster.routing import connect_url
+from gateway.cluster.routing import Destination, connect_url
 from gateway.components import Components
 from gateway.net import endpoints
 from gateway.net.accept import AcceptLimiter, HandshakePoller
@@ -116,9 +116,10 @@ class Node(Service):
         if not generation or self.sessions.generation(client_id) != generation:
             return False
         disconnect = self.components.graceful_disconnect
-        return disconnect.goaway_sent(client_id) == generation or disconnect.send_goaway(
-            client_id, reason, self.connect_url(client_id)
-        )
+        url = self.connect_url(client_id)
+        # Without a ticket: a client that follows redirects is relayed only if both nodes have the same URL.
+        destination = None if url is None else Destination(url)
+        return disconnect.goaway_sent(client_id) == generation or disconnect.send_goaway(client_id, reason, destination)
 
     async def _close_shared_ports(self) -> None:
         shared = [

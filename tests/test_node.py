@@ -25,6 +25,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from gateway import node
 from gateway.auth.errors import TokenRefusedError
 from gateway.auth.interface import Credentials, Identity
+from gateway.cluster.routing import Destination
 from gateway.node import Node
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location, SessionKey
@@ -134,8 +135,10 @@ class NodeTests(TestCase):
         self.assertEqual(len(first.components.node_directory), 0)
         second = await self.start(self.make(registry=registry, node_name="second"))
         self.assertEqual([node.name for node in second.components.node_directory.peer_nodes()], ["first"])
-        url = second.components.drain.goaway_url("a")
-        self.assertTrue(str(url).startswith(f"{first.public_url}/v1/connect?"))
+        destination = second.components.drain.destination_for("a")
+        assert destination is not None
+        self.assertTrue(destination.url.startswith(f"{first.public_url}/v1/connect?"))
+        self.assertEqual(destination.node_id, first.node_id)
 
     async def test_the_previous_owner_is_notified_of_a_revoked_claim(self) -> None:
         node = await self.start(self.make())
@@ -160,8 +163,9 @@ class NodeTests(TestCase):
             (("haproxy:tcp:0:interface=127.0.0.1",), "wss://gateway.example", True),
         ):
             node = await self.start(self.make(listen=listen, public_url=public_url))
-            expected = f"{node.public_url}/v1/connect?client_id=a%2Fb&wsgateway_hop=1" if advertised else None
-            self.assertEqual(node.components.drain.goaway_url("a/b"), expected)
+            url = f"{node.public_url}/v1/connect?client_id=a%2Fb&wsgateway_hop=1"
+            expected = Destination(url) if advertised else None
+            self.assertEqual(node.components.drain.destination_for("a/b"), expected)
 
     async def test_a_stop_waits_for_close_frames(self) -> None:
         node = await self.start(self.make())

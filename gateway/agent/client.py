@@ -218,7 +218,8 @@ class Agent(Service):
 
     @property
     def connected_url(self) -> str | None:
-        """The url of the current connection, which may be that of a redirect; ``None`` without a connection."""
+        """The url of the current connection, which may be that of a redirect, without the ticket; ``None`` without a
+        connection."""
         return self._connected_url
 
     def whenConnected(self) -> Deferred[Agent]:
@@ -367,8 +368,8 @@ class Agent(Service):
         """Use a connection until it is closed or handed off. Returns the next attempt."""
         active = self._active
         assert active is not None
-        self._connected_url = target.url
-        self._log.info("agent {id} is connected to {url}", id=self._log_name, url=target.url)
+        self._connected_url = target.loggable_url
+        self._log.info("agent {id} is connected to {url}", id=self._log_name, url=target.loggable_url)
         if self._token_renewer is not None:
             self._token_renewer.start(
                 active.token or "", lambda token: active.session.notify("gateway.token", {"token": token})
@@ -433,4 +434,4 @@ def _as_connection_lost(failure: Failure) -> NoReturn:
 
 
 def _describe(attempt: Attempt) -> str:
-    return f"{attempt.target.url} in {attempt.delay:.1f} s"
+    return f"{attempt.target.loggable_url} in {attempt.delay:.1f} s"

@@ -4,7 +4,8 @@
     307 with Location                       -> that url, at once; at most three times in a row
     gateway.goaway, then closed with 1012   -> the goaway's url, after its delay
     gateway.goaway, still open by then      -> the goaway's url; calls in flight end on the old connection
-    any failure at a url from the gateway   -> the configured url, after a random delay
+    any failure at a url from the gateway,
+    such as 401 for its ticket              -> the configured url, after a random delay
     closed with 4001, the gateway's 403 …   -> stop
     403, 404 … of a proxy                   -> as 503: it says nothing about the gateway
 
@@ -25,7 +26,7 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from gateway.agent.errors import Stopped
 from gateway.agent.session import RPCSession
 from gateway.protocol.frames import CloseCode
-from gateway.protocol.uri import WebSocketURI
+from gateway.protocol.uri import WebSocketURI, without_ticket
 from gateway.util.backoff import Backoff
 from gateway.websocket.client import ClientConnection, CloseEvent
 from gateway.websocket.errors import MAX_DELAY, HandshakeError, HandshakeRefusedError, parse_delay
@@ -164,7 +165,7 @@ class ActiveConnection:
 class GoAway:
     """The params of a ``gateway.goaway``. ``after`` is in seconds; what is missing is ``None``."""
 
-    url: str | None
+    url: str | None = attrs.field(repr=False)  # it may have a ticket
     after: float | None
 
     @classmethod
@@ -264,7 +265,7 @@ class ReconnectPolicy:
             if isinstance(error, (HandshakeRefusedError, HandshakeError))
             else f"{type(error).__name__}: {error}"
         )
-        reason = f"could not connect to {target.url}: {cause[:500]}"
+        reason = f"could not connect to {target.loggable_url}: {cause[:500]}"
         if isinstance(error, HandshakeRefusedError) and error.location is not None and self._redirects < MAX_REDIRECTS:
             attempt = self._redirect(target, error.location, Attempt(target, reason))
             if attempt.reason is reason:
@@ -291,4 +292,4 @@ class ReconnectPolicy:
         try:
             return attrs.evolve(attempt, target=target.resolve_redirect(url))
         except ValueError as e:
-            return attrs.evolve(attempt, reason=f"{attempt.reason}; ignored the url {url[:200]!a}: {e}")
+            return attrs.evolve(attempt, reason=f"{attempt.reason}; ignored the url {without_ticket(url)[:200]!a}: {e}")

@@ -10,7 +10,7 @@
 
 The option may be repeated. Everything that a client presents must be accepted, and be for the same client: its token
 (by any of the verifiers), its certificate, and the client_id that it requests. A client that presents neither token
-nor certificate is accepted only with ``none``, which is also the default.
+nor certificate is accepted only with ``none``, which is also the default, or with a ticket of another node.
 """
 
 from __future__ import annotations
@@ -27,11 +27,21 @@ from gateway.auth.errors import (
     ClientIdMissingError,
     IdentityMismatchError,
     KeysUnavailableError,
+    TicketRefusedError,
     TokenRefusedError,
     VerificationError,
 )
-from gateway.auth.interface import MAX_TOKEN_LENGTH, Credentials, IAuthenticator, Identity, ITokenVerifier
+from gateway.auth.interface import (
+    MAX_TOKEN_LENGTH,
+    TICKET_METHODS,
+    AuthMethod,
+    Credentials,
+    IAuthenticator,
+    Identity,
+    ITokenVerifier,
+)
 from gateway.auth.refusals import RefusalLog
+from gateway.auth.tickets import Tickets
 from gateway.auth.token_file import TokenFile
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, parse_spec
@@ -62,9 +72,10 @@ class AuthenticatorChain:
         reactor: Any = None,
         metrics: Metrics | None = None,
         wall_clock: Callable[[], float] = time.time,
+        tickets: Tickets | None = None,
     ) -> None:
         """Raises :class:`~gateway.settings.ConfigError` for an invalid spec or file. ``reactor`` is only used by
-        ``jwks:``."""
+        ``jwks:``. Without ``tickets`` none is accepted."""
         self._reactor = reactor
         self._metrics = metrics or Metrics()
         self._wall_clock = wall_clock
@@ -72,6 +83,9 @@ class AuthenticatorChain:
         self._verifiers: list[ITokenVerifier] = []
         self._startable: list[_Startable] = []
         self._stoppable: list[_Stoppable] = []
+        self._tickets = tickets
+        #: the methods of the specs for which a ticket is accepted
+        self._ticket_methods: set[AuthMethod] = set()
         self._allow_unauthenticated = not specs
         self._certificate_identity: Callable[[bytes], Identity] | None = None
         for spec in specs:
@@ -86,6 +100,7 @@ class AuthenticatorChain:
 
     def _add_spec(self, spec: str) -> None:
         kind, _, rest = spec.partition(":")
+        self._ticket_methods.update(method for method in TICKET_METHODS if method.name.lower() == kind)
         if spec == "none":
             self._allow_unauthenticated = True
         elif spec == "mtls":
@@ -170,6 +185,8 @@ class AuthenticatorChain:
         if credentials.token is None or not self._verifiers:
             if certificate_identity is not None:
                 return _merge_identities(credentials.client_id, None, certificate_identity)
+            if not self._allow_unauthenticated and credentials.ticket is not None:
+                return self._redeem_ticket(credentials.ticket, credentials.client_id)
             if not self._allow_unauthenticated:
                 missing = ("no_token",) if self._certificate_identity is None else ("no_certificate", "--auth mtls")
                 self._refusal_log.record(VerificationError(*missing))
@@ -183,6 +200,20 @@ class AuthenticatorChain:
                 lambda identity: _merge_identities(credentials.client_id, identity, certificate_identity)
             )
         return _merge_identities(credentials.client_id, verified, certificate_identity)
+
+    def restore_ticket(self, ticket: str) -> None:
+        assert self._tickets is not None
+        self._tickets.restore(ticket)
+
+    def _redeem_ticket(self, ticket: str, client_id: str | None) -> Identity:
+        """Return the identity of a client that another node has authenticated. Raises :class:`TicketRefusedError`."""
+        if self._tickets is None:
+            raise TicketRefusedError("no ticket is accepted here: connect to the first URL, with the token")
+        try:
+            return self._tickets.redeem(ticket, client_id, self._ticket_methods)
+        except VerificationError as e:
+            self._refusal_log.record(e)
+            raise TicketRefusedError(f"{e}: connect to the first URL, with the token") from None
 
     def renew(self, token: str, client_id: str) -> Identity | Deferred[Identity]:
         """Verify a new token of a connected client."""
@@ -313,4 +344,5 @@ def _merge_identities(
         raise IdentityMismatchError(f"this {kind} is for another client_id than the query says")
     expires_at = min((identity.expires_at for identity in identities if identity.expires_at), default=0.0)
     max_expires_at = 0.0 if certificate_identity is None else certificate_identity.expires_at
-    return Identity(identities[0].client_id, expires_at, max_expires_at)
+    # The certificate is the last one, if there is one: no ticket can stand for it.
+    return Identity(identities[0].client_id, expires_at, max_expires_at, method=identities[-1].method)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from cryptography.x509 import DNSName, SubjectAlternativeName, UniformResourceIdentifier, load_der_x509_certificate
 
 from gateway.auth.errors import TokenRefusedError
-from gateway.auth.interface import Identity, is_client_id
+from gateway.auth.interface import AuthMethod, Identity, is_client_id
 
 
 def certificate_identity(der: bytes) -> Identity:
@@ -25,4 +25,4 @@ def certificate_identity(der: bytes) -> Identity:
     if not is_client_id(names[0]):
         raise TokenRefusedError("the first DNS name or URI of this client certificate is not a client_id")
     # Not 0, which means never.
-    return Identity(names[0], max(1.0, expires_at))
+    return Identity(names[0], max(1.0, expires_at), method=AuthMethod.MTLS)

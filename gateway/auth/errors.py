@@ -4,6 +4,7 @@ AuthenticationError                     the client may not connect
 ├── ClientIdMissingError                no client_id
 ├── TokenRefusedError                   the token or certificate is missing or not accepted
 │   └── VerificationError               one verifier does not accept it, with the reason for the log
+├── TicketRefusedError                  the ticket of the URL is not accepted, and there is no token
 ├── IdentityMismatchError               it is valid, but for another client
 └── KeysUnavailableError                it cannot be verified now
 ForbiddenError                          the token of a backend does not allow this
@@ -23,6 +24,10 @@ class ClientIdMissingError(AuthenticationError):
 
 class TokenRefusedError(AuthenticationError):
     """The token or client certificate is missing or not accepted."""
+
+
+class TicketRefusedError(AuthenticationError):
+    """The ticket of the URL is not accepted; the client may connect with its token."""
 
 
 class IdentityMismatchError(AuthenticationError):
@@ -50,6 +55,13 @@ REASONS = {
     "subject": "its subject (sub) is not a client_id, or is missing",
     "expired": "it has expired",
     "other": "it has a critical header parameter (crit)",
+    "ticket_malformed": "it is a ticket that cannot be parsed, or without wsgateway_hop=1 or client_id in the URL",
+    "ticket_signature": "it is a ticket for another client or node, or not of this fleet",
+    "ticket_method": "it is a ticket for a client that proved itself by an --auth which this node does not have",
+    "ticket_expired": "it is a ticket that has expired, or is for a token that has",
+    "ticket_early": "it is a ticket that ends too late: the clocks of the nodes must agree to some seconds",
+    "ticket_spent": "it is a ticket that was used before",
+    "ticket_full": "it is a ticket, and too many were used in the last seconds to remember one more",
 }
 _RANKS = {reason: rank for rank, reason in enumerate(REASONS)}
 

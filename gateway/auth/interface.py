@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Callable
 
@@ -21,6 +22,21 @@ def is_client_id(text: str) -> bool:
     return _CLIENT_ID.fullmatch(text) is not None and text not in (".", "..")
 
 
+class AuthMethod(enum.IntEnum):
+    """The kind of ``--auth`` that accepted a client."""
+
+    NONE = 0
+    TOKENS = 1
+    JWT = 2
+    JWKS = 3
+    #: a client certificate, alone or with a token
+    MTLS = 4
+
+
+#: the methods for which a node that sends a client to another one issues a ticket
+TICKET_METHODS = frozenset({AuthMethod.TOKENS, AuthMethod.JWT, AuthMethod.JWKS})
+
+
 @attrs.frozen
 class Identity:
     """The authenticated identity of a client. Times are in seconds since 1970; 0: never."""
@@ -30,6 +46,10 @@ class Identity:
     expires_at: float = 0.0
     #: when the client certificate expires, which also limits tokens that renew this identity
     max_expires_at: float = 0.0
+    #: how it was proved, which is no part of who the client is
+    method: AuthMethod = attrs.field(default=AuthMethod.NONE, eq=False)
+    #: the ticket that was redeemed for it, if it was proved by one
+    ticket: str = attrs.field(default="", eq=False, repr=False)
 
 
 def no_certificate() -> bytes | None:
@@ -41,11 +61,13 @@ def no_certificate() -> bytes | None:
 class Credentials:
     """What a client presents to authenticate itself."""
 
-    token: str | None = None
+    token: str | None = attrs.field(default=None, repr=False)
     #: as requested by the client, and syntactically valid
     client_id: str | None = None
     #: returns the client certificate (DER) that TLS has verified, or ``None``
     certificate: Callable[[], bytes | None] = no_certificate
+    #: the ticket of the URL (:mod:`gateway.auth.tickets`), if there is no token; it may have any characters
+    ticket: str | None = attrs.field(default=None, repr=False)
 
 
 class IAuthenticator(Interface):
@@ -58,6 +80,9 @@ class IAuthenticator(Interface):
     def renew(token: str, client_id: str) -> Identity | Deferred[Identity]:
         """Verify a token with which a connected client replaces the one it connected with. It must be for the same
         client. Raises, or fails with, :class:`~gateway.auth.errors.AuthenticationError`."""
+
+    def restore_ticket(ticket: str) -> None:
+        """Make a ticket valid again that was redeemed for a connection which could not be opened."""
 
 
 class ITokenVerifier(Interface):

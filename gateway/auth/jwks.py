@@ -30,7 +30,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.auth.errors import KeysUnavailableError, SignatureError
-from gateway.auth.interface import Identity, ITokenVerifier
+from gateway.auth.interface import AuthMethod, Identity, ITokenVerifier
 from gateway.auth.jwt import TokenValidator, UnverifiedToken, warn_without_audience
 from gateway.auth.keys import KeySet, parse_jwks
 from gateway.metrics import Metrics
@@ -276,7 +276,8 @@ class JwksVerifier:
             raise ConfigError("auth", f"jwks:url={strip_query(url)!a} is not valid: {e}") from None
         self._audience = audience
         self._name = f"jwks:url={strip_query(url)}"
-        self._validator = TokenValidator(f"--auth {self._name}", algorithms, audience, issuer, wall_clock)
+        source = f"--auth {self._name}"
+        self._validator = TokenValidator(source, algorithms, audience, issuer, wall_clock, AuthMethod.JWKS)
         self._cache = JwksCache(
             f"--auth {self._name}",
             document.fetch,

@@ -25,7 +25,7 @@ from zope.interface import implementer
 from gateway.auth.algorithms import EDDSA_ALGORITHMS, HMAC_ALGORITHMS
 from gateway.auth.errors import SignatureError, VerificationError
 from gateway.auth.files import warn_if_world_readable
-from gateway.auth.interface import MAX_TOKEN_LENGTH, Identity, ITokenVerifier, is_client_id
+from gateway.auth.interface import MAX_TOKEN_LENGTH, AuthMethod, Identity, ITokenVerifier, is_client_id
 from gateway.auth.keys import VerificationKey, read_key_file
 
 #: seconds by which the clock of an issuer may be ahead
@@ -63,8 +63,10 @@ class TokenValidator:
         audience: str | None,
         issuer: str | None,
         wall_clock: Callable[[], float],
+        method: AuthMethod,
     ) -> None:
         self._source = source
+        self._method = method
         self._algorithms = frozenset(algorithms)
         self._audience = audience
         self._issuer = issuer
@@ -137,7 +139,8 @@ class TokenValidator:
         if valid_from > self._wall_clock() + LEEWAY:
             raise self.rejection("not_yet")
         # An expiry is not 0, which means never.
-        return Identity(client_id, max(1.0, float(claims["exp"])) if "exp" in claims else 0.0)
+        expires_at = max(1.0, float(claims["exp"])) if "exp" in claims else 0.0
+        return Identity(client_id, expires_at, method=self._method)
 
 
 def _decode_error_reason(error: Exception) -> str:
@@ -191,7 +194,8 @@ class JwtVerifier:
         self._path = path
         self._algorithms = algorithms
         self._audience = audience
-        self._validator = TokenValidator(f"--auth jwt:key-file={path}", algorithms, audience, issuer, wall_clock)
+        source = f"--auth jwt:key-file={path}"
+        self._validator = TokenValidator(source, algorithms, audience, issuer, wall_clock, AuthMethod.JWT)
         self._keys = read_key_file(path, algorithms)
 
     def start(self) -> None:

@@ -18,7 +18,7 @@ from zope.interface import implementer
 
 from gateway.auth.errors import VerificationError
 from gateway.auth.files import numbered_lines, parse_sha256
-from gateway.auth.interface import Identity, ITokenVerifier, is_client_id
+from gateway.auth.interface import AuthMethod, Identity, ITokenVerifier, is_client_id
 from gateway.settings import ConfigError
 
 #: bytes
@@ -75,4 +75,4 @@ class TokenFile:
         stored, client_id = self._client_ids.get(digest, (b"", ""))
         if not hmac.compare_digest(stored, digest):
             raise VerificationError("unknown_token", self._source)
-        return Identity(client_id)
+        return Identity(client_id, method=AuthMethod.TOKENS)

@@ -199,7 +199,11 @@ class Admission:
         client_id = request.client_id
         may_evict_expired = self.router is not None and self.router.may_evict_expired()
         session = Session(
-            client_id, request.address, expires_at=request.expires_at, max_expires_at=request.max_expires_at
+            client_id,
+            request.address,
+            expires_at=request.expires_at,
+            max_expires_at=request.max_expires_at,
+            ticket_method=request.ticket_method,
         )
         self._claiming.setdefault(client_id, set()).add(session)
         self._claim_count += 1

@@ -10,9 +10,13 @@ Direct, at the public URL:
 or a refusal, with its error word in the body:
 
 <- 307 elsewhere (Location)                             if the client sent Wsgateway-Redirect: 1; else it is relayed
-<- 400 request, header, method, upgrade, client_id      401 token               403 origin, identity        404 path
+<- 400 request, header, method, upgrade, client_id      401 token, ticket       403 origin, identity        404 path
 <- 429 replaced (Retry-After)                           500 internal
 <- 503 starting, draining, registry, keys, full, rate, openings, timeout (Retry-After)
+
+Sent here by another node, whose URL has a ticket if the client gets one (``gateway.auth.tickets``):
+
+-> GET /v1/connect?client_id=robot-7&wsgateway_hop=1&wsgateway_ticket=v1.… HTTP/1.1      no token is needed
 
 Relayed, at the peer URL: the client is connected to another node, which relays its bytes.
 
@@ -46,9 +50,18 @@ from gateway.auth.errors import (
     ClientIdMissingError,
     IdentityMismatchError,
     KeysUnavailableError,
+    TicketRefusedError,
     TokenRefusedError,
 )
-from gateway.auth.interface import Credentials, IAuthenticator, Identity, is_client_id, no_certificate
+from gateway.auth.interface import (
+    TICKET_METHODS,
+    AuthMethod,
+    Credentials,
+    IAuthenticator,
+    Identity,
+    is_client_id,
+    no_certificate,
+)
 from gateway.auth.origin import AllowedOrigins, OwnOrigins, suggest_pattern
 from gateway.clients.health_check import health_response, may_be_health_check
 from gateway.clients.interface import ConnectRequest, IConnection, Session, UnparkedSession
@@ -60,6 +73,7 @@ from gateway.net.transport import adopt_socket
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import HandshakeRequest, retry_after_header, safe_repr
 from gateway.protocol.jsonrpc import SUBPROTOCOL
+from gateway.protocol.uri import TICKET_PARAMETER
 from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.websocket.reassembly import ReassemblyBudget
@@ -75,6 +89,7 @@ _BEARER_HEADER = re.compile(r"bearer(?: +(.*))?", re.IGNORECASE)
 _REFUSALS: dict[type[AuthenticationError], tuple[int, str, tuple[tuple[str, str], ...]]] = {
     ClientIdMissingError: (400, "client_id", ()),
     TokenRefusedError: (401, "token", (("WWW-Authenticate", "Bearer"),)),
+    TicketRefusedError: (401, "ticket", (("WWW-Authenticate", "Bearer"),)),
     IdentityMismatchError: (403, "identity", ()),
     KeysUnavailableError: (503, "keys", (retry_after_header(1),)),
 }
@@ -105,6 +120,21 @@ def parse_client_id(query: str) -> str | None:
             f"{safe_repr(client_id)} is not a client_id: 1 to 128 of A-Z a-z 0-9 . _ : @ / + = - and neither . nor ..",
         )
     return client_id
+
+
+def parse_ticket(query: str) -> str | None:
+    """Return the ticket in a raw query string, or ``None`` if there is none.
+
+    Returns an empty string, which is no valid ticket, if there are several, or if the query lacks the parameter of the
+    URLs that nodes redirect to. Ignores other parameters.
+    """
+    if TICKET_PARAMETER not in query:
+        return None
+    parameters = query.split("&")
+    tickets = [value for name, _, value in (part.partition("=") for part in parameters) if name == TICKET_PARAMETER]
+    if not tickets:
+        return None
+    return tickets[0] if len(tickets) == 1 and HOP_PARAMETER in parameters else ""
 
 
 def extract_token(request: HandshakeRequest) -> str | None:
@@ -147,6 +177,8 @@ class ClientProtocol(ServerProtocol):
     _session: Session | None = None
     #: the relay to the node that serves the client, if it is not this one
     _relay: Any = None
+    #: the ticket that was redeemed for this connection, until it opens
+    _redeemed_ticket = ""
 
     def refuse(self, refusal: RequestRefusedError) -> None:
         """Refuse the request; the log tells which limit is the reason, if one is."""
@@ -173,7 +205,13 @@ class ClientProtocol(ServerProtocol):
         identity = self.authenticate(request)
         if isinstance(identity, Deferred):
             identity = await identity
-        decision = await self.factory.sessions.admit(self.connect_request(request, identity))
+        if identity.ticket:
+            self._redeemed_ticket = identity.ticket
+        try:
+            decision = await self.factory.sessions.admit(self.connect_request(request, identity))
+        except BaseException:
+            self._restore_ticket()
+            raise
         if isinstance(decision, Session):
             self._session = decision
         elif decision.relay is None:
@@ -191,19 +229,29 @@ class ClientProtocol(ServerProtocol):
         )
         return identity
 
+    def _restore_ticket(self) -> None:
+        """Let the client try again with its ticket: it is used up only by a connection that opens."""
+        if self._redeemed_ticket:
+            self.factory.restore_ticket(self._redeemed_ticket)
+            del self._redeemed_ticket
+
     def connect_request(self, request: HandshakeRequest, identity: Identity) -> ConnectRequest:
+        accepts_redirect = request.headers.get("wsgateway-redirect") == "1"
+        gets_tickets = accepts_redirect and identity.method in TICKET_METHODS
         return ConnectRequest(
             identity.client_id,
             self.address,
             redirected_here=HOP_PARAMETER in request.query.split("&"),
-            accepts_redirect=request.headers.get("wsgateway-redirect") == "1",
+            accepts_redirect=accepts_redirect,
             subprotocols=tuple(name for name in request.subprotocols if not bearer.is_bearer(name)),
             expires_at=identity.expires_at,
             max_expires_at=identity.max_expires_at,
+            ticket_method=identity.method if gets_tickets else AuthMethod.NONE,
         )
 
     def admission_abandoned(self) -> None:
         """Release the claim, or the relay, of a connection that could not be opened."""
+        self._restore_ticket()
         if self._session is not None:
             self.factory.sessions.abandon(self._session)
         elif self._relay is not None:
@@ -211,6 +259,8 @@ class ClientProtocol(ServerProtocol):
 
     def opened(self) -> None:
         """Register the open connection, or attach it to its relay."""
+        if self._redeemed_ticket:
+            del self._redeemed_ticket
         if self._session is not None:
             self.factory.sessions.opened(self._session, self)
         else:
@@ -312,12 +362,18 @@ class ClientFactory(ServerFactory):
         origin = request.headers.get("origin")
         if origin is not None:
             self._check_origin(origin, local_address)
-        credentials = Credentials(extract_token(request), parse_client_id(request.query), certificate)
+        token = extract_token(request)
+        ticket = parse_ticket(request.query) if token is None else None
+        credentials = Credentials(token, parse_client_id(request.query), certificate, ticket)
         try:
             identity = self._authenticator.authenticate(credentials)
         except AuthenticationError as e:
             raise _to_refused_error(e) from None
         return identity.addErrback(_refuse_failed_authentication) if isinstance(identity, Deferred) else identity
+
+    def restore_ticket(self, ticket: str) -> None:
+        """Make a ticket valid again that was redeemed for a connection which did not open."""
+        self._authenticator.restore_ticket(ticket)
 
     def _check_origin(self, origin: str, local_address: Callable[[], object]) -> None:
         """Raise ``RequestRefusedError`` for the origin of a page that may not connect."""

@@ -13,6 +13,7 @@ import attrs
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
+from gateway.auth.interface import AuthMethod, Identity
 from gateway.registry.interface import Assignment, Location, SessionKey
 
 
@@ -70,6 +71,10 @@ class IClientSessions(Interface):
     def renew(key: SessionKey, expires_at: float) -> bool:
         """Set when a session expires, in seconds since 1970 (0: never), after the client has presented a new token.
         Returns ``False`` if that session is not open here."""
+
+    def ticket_identity(client_id: str, generation: int) -> Identity | None:
+        """Return what a client has proved, for a ticket with which it can connect to another node; ``None`` if it gets
+        none, or that session is not open here."""
 
     def close_superseded(key: SessionKey) -> None:
         """Close an older connection of the client with 4001, because that session is open on another node."""
@@ -131,6 +136,8 @@ class ConnectRequest:
     expires_at: float = 0.0
     #: upper limit of ``expires_at``, whatever tokens are presented later; 0: none
     max_expires_at: float = 0.0
+    #: how the client has authenticated itself, if it gets tickets for other nodes; else ``NONE``
+    ticket_method: AuthMethod = AuthMethod.NONE
 
 
 class IRelay(Interface):
@@ -147,8 +154,8 @@ class IRelay(Interface):
 class RouteDecision:
     """How a client reaches the node that serves it: one of the two is set."""
 
-    #: the complete URL to redirect the client to
-    url: str = ""
+    #: the complete URL to redirect the client to; it may have a ticket
+    url: str = attrs.field(default="", repr=False)
     #: the relay for its bytes
     relay: IRelay | None = None
 
@@ -247,6 +254,8 @@ class Session:
     expires_at: float = 0.0
     #: upper limit for later tokens: when the client certificate expires; 0: none
     max_expires_at: float = 0.0
+    #: see :class:`ConnectRequest`
+    ticket_method: AuthMethod = AuthMethod.NONE
     #: whether reading is paused because the client exceeded its rate
     paused: bool = False
     #: seconds without input before the connection is parked

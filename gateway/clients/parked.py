@@ -31,6 +31,7 @@ from typing import Any
 
 from twisted.internet.interfaces import IReactorFDSet
 
+from gateway.auth.interface import AuthMethod, Identity
 from gateway.clients.expiry import EXPIRED_REASON, has_expired, pack_expiry
 from gateway.clients.interface import IParkingOwner, Session, SessionInfo, UnparkedSession
 from gateway.clients.keepalive import BYTES_PER_UNIT, message_units
@@ -177,6 +178,8 @@ class ParkedSessions(NestedEpoll):
         self._tat = array("d")
         #: when the token expires, in whole seconds since 1970; 0: never
         self._expires_at = array("I")
+        #: AuthMethod for the client's tickets
+        self._ticket_methods = bytearray()
         #: consecutive messages that were not JSON-RPC 2.0
         self._consecutive_bad = bytearray()
         #: address family of the socket
@@ -209,6 +212,7 @@ class ParkedSessions(NestedEpoll):
         self._pinged_at[fd] = session.pinged_at
         self._tat[fd] = session.tat
         self._expires_at[fd] = pack_expiry(session.expires_at)
+        self._ticket_methods[fd] = session.ticket_method
         self._consecutive_bad[fd] = session.consecutive_bad
         self._families[fd] = family
         self._addresses.set(fd, session.address)
@@ -219,6 +223,7 @@ class ParkedSessions(NestedEpoll):
         doubles = (self._connected_at, self._last_received_at, self._pinged_at, self._tat)
         for numbers in (self.generations, self._expires_at, *doubles):
             numbers.frombytes(bytes(numbers.itemsize * more))
+        self._ticket_methods.extend(bytes(more))
         self._consecutive_bad.extend(bytes(more))
         self._families.extend(bytes(more))
         self._addresses.grow(len(self._client_ids))
@@ -240,6 +245,7 @@ class ParkedSessions(NestedEpoll):
             tat=self._tat[fd],
             pinged_at=self._pinged_at[fd],
             expires_at=self._expires_at[fd],
+            ticket_method=AuthMethod(self._ticket_methods[fd]),
         )
         self._addresses.clear(fd)
         last_received_at = self._last_received_at[fd]
@@ -283,6 +289,12 @@ class ParkedSessions(NestedEpoll):
         if fd is None:
             return None
         return SessionInfo(client_id, self.generations[fd], self._connected_at[fd], self._addresses.get(fd))
+
+    def ticket_identity(self, client_id: str) -> Identity | None:
+        """Return what a client has proved, as :meth:`IClientSessions.ticket_identity` does."""
+        fd = self.fds[client_id]
+        method = self._ticket_methods[fd]
+        return Identity(client_id, self._expires_at[fd], method=AuthMethod(method)) if method else None
 
     def renew(self, client_id: str, expires_at: float) -> None:
         """Set when a session expires, in seconds since 1970; 0: never."""

@@ -97,6 +97,7 @@ class ClientSessions:
         self.send = self._table.send
         self.generation = self._table.generation
         self.renew = self._table.renew
+        self.ticket_identity = self._table.ticket_identity
         self._awake = self._table.awake
         self._keepalive = KeepAlive(
             clock,

@@ -18,6 +18,7 @@ import attrs
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from zope.interface import implementer
 
+from gateway.auth.interface import Identity
 from gateway.clients.interface import IParkingOwner, Session, SessionInfo, UnparkedSession
 from gateway.clients.keepalive import SweepParked
 from gateway.clients.parked import ParkedSessions
@@ -239,6 +240,17 @@ class SessionTable:
             assert self._parked_sessions is not None
             self._parked_sessions.renew(client_id, expires_at)
         return True
+
+    def ticket_identity(self, client_id: str, generation: int) -> Identity | None:
+        """Return what a client has proved, as :meth:`IClientSessions.ticket_identity` does."""
+        if not generation or self.generation(client_id) != generation:
+            return None
+        session = self.awake.get(client_id)
+        if session is None:
+            assert self._parked_sessions is not None
+            return self._parked_sessions.ticket_identity(client_id)
+        method = session.ticket_method
+        return Identity(client_id, session.expires_at, method=method) if method else None
 
     def get(self, client_id: str) -> Session | None:
         """Return the session of a client, woken if it was parked; ``None`` if it is not connected."""

@@ -37,12 +37,13 @@ from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway.auth.tickets import Tickets
 from gateway.clients.interface import IClientSessions
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.interface import CallTracker, INodeService, IPeerClient, IRebalancer, NodeState
 from gateway.cluster.membership import Membership, NodeDirectory
 from gateway.cluster.relay import SocketRelays
-from gateway.cluster.routing import connect_url
+from gateway.cluster.routing import Destination, destination_at
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.jsonrpc import encode_notification
 from gateway.registry.errors import RegistryUnavailableError
@@ -78,10 +79,12 @@ class GracefulDisconnect:
         registry: IRegistry,
         node_directory: NodeDirectory,
         max_call_timeout: float,
+        tickets: Tickets | None = None,
     ) -> None:
         """A session is closed when its calls in flight have ended, after ``max_call_timeout`` seconds at the latest.
         ``calls`` tracks them, and begins no new ones after a goaway. ``registry`` releases the row of a closed session:
-        at once if this is a single node, else a moment later, so that calls wait for the client's next session."""
+        at once if this is a single node, else a moment later, so that calls wait for the client's next session. Without
+        ``tickets`` no URL has one."""
         self._sessions = sessions
         self._clock = clock
         self._max_call_timeout = max_call_timeout
@@ -90,6 +93,7 @@ class GracefulDisconnect:
         #: client_id -> its session, when that is closed at the latest, and the reason
         self._disconnecting: dict[str, tuple[SessionKey, float, str]] = {}
         self._release = registry.release
+        self._tickets = tickets
         self._is_single_node = node_directory.is_single_node
         #: the rows of closed sessions, with the times when they are released, in order
         self._rows_to_release: deque[tuple[float, SessionKey]] = deque()
@@ -107,21 +111,23 @@ class GracefulDisconnect:
         self,
         client_id: str,
         reason: str,
-        url: str | None,
+        destination: Destination | None,
         *,
         min_delay: float = 0.0,
         max_delay: float = MAX_RECONNECT_DELAY,
     ) -> bool:
-        """Send a client away: to ``url``, a complete URL, if there is one, after ``min_delay`` and a random delay of at
-        most ``max_delay`` seconds. Its connection closes when its calls have finished. Returns ``False`` if the client
-        is not connected, or was sent a goaway before."""
+        """Send a client away: to a destination, if there is one, after ``min_delay`` and a random delay of at most
+        ``max_delay`` seconds. Its connection closes when its calls have finished. Returns ``False`` if the client is
+        not connected, or was sent a goaway before."""
         generation = self._sessions.generation(client_id)
         if not generation or self.goaway_sent(client_id) == generation:
             return False
+        after = round(min_delay + random.uniform(0, max_delay), 2)
         params: dict[str, object] = {"reason": reason}
-        if url is not None:
-            params["url"] = url
-        params["after"] = round(min_delay + random.uniform(0, max_delay), 2)
+        if destination is not None:
+            identity = self._sessions.ticket_identity(client_id, generation)
+            params["url"] = destination.url_with_ticket(self._tickets, identity, after)
+        params["after"] = after
         goaway = encode_notification("gateway.goaway", msgspec.json.encode(params))
         if not self._sessions.send(client_id, goaway, generation):
             return False
@@ -278,21 +284,21 @@ class SessionDrain:
         graceful_disconnect: GracefulDisconnect,
         handoffs: Callable[[], int] = lambda: 0,
         is_single_node: Callable[[], bool] = lambda: False,
-        url_for: Callable[[str], str | None],
+        destination_for: Callable[[str], Destination | None],
         relayed_client_ids: Callable[[], list[str]] = list,
         drain_relay: Callable[[str], object] = lambda client_id: None,
     ) -> None:
         """``duration`` is in seconds. ``handoffs`` returns the number of clients on their way to other nodes: calls to
-        them wait here until they have arrived. ``is_single_node`` tells whether there is no other node. ``url_for``
-        returns the complete URL for a client to connect to, or ``None``. ``relayed_client_ids`` lists the clients of
-        other nodes that are relayed through this one, and ``drain_relay`` drains one such relay."""
+        them wait here until they have arrived. ``is_single_node`` tells whether there is no other node.
+        ``destination_for`` returns where a client is to connect, or ``None``. ``relayed_client_ids`` lists the clients
+        of other nodes that are relayed through this one, and ``drain_relay`` drains one such relay."""
         self._sessions = sessions
         self._clock = clock
         self._duration = duration
         self._graceful_disconnect = graceful_disconnect
         self._handoffs = handoffs
         self._is_single_node = is_single_node
-        self._url_for = url_for
+        self._destination_for = destination_for
         self._relayed_client_ids = relayed_client_ids
         self._drain_relay = drain_relay
         #: the clients that are still to be sent away, each with the function that does so
@@ -339,7 +345,7 @@ class SessionDrain:
             # A client that reconnects to this node is refused until the drain has ended.
             min_delay = max(0.0, self._started_at + self._duration - self._clock.seconds())
         self._graceful_disconnect.send_goaway(
-            client_id, "drain", self._url_for(client_id), min_delay=min_delay, max_delay=max_delay
+            client_id, "drain", self._destination_for(client_id), min_delay=min_delay, max_delay=max_delay
         )
 
 
@@ -462,7 +468,7 @@ class Drain:
             graceful_disconnect=self._graceful_disconnect,
             handoffs=self._dispatcher.handoffs,
             is_single_node=self._node_directory.is_single_node,
-            url_for=self.goaway_url,
+            destination_for=self.destination_for,
             relayed_client_ids=self._relays.client_ids,
             drain_relay=self._relay_drain.drain,
         ).start()
@@ -476,11 +482,14 @@ class Drain:
             send_to_backends=self._send_to_backends,
         ).run()
 
-    def goaway_url(self, client_id: str) -> str | None:
-        """The complete URL that a client is to connect to instead: of the least loaded other node, or of this node if
-        there is no other. ``None`` if that URL is not known, or would lead to any node."""
+    def destination_for(self, client_id: str) -> Destination | None:
+        """Where a client is to connect instead: at the least loaded other node, or at this node if there is no other.
+        ``None`` if its URL is not known, or would lead to any node."""
         other = self._node_directory.least_loaded()
         if other is None or not other.public_url:
-            return self._node.connect_url(client_id)
-        # A load balancer's, if both nodes have the same.
-        return None if other.public_url == self._node.public_url else connect_url(other.public_url, client_id)
+            url = self._node.connect_url(client_id)
+            # The program that runs there next has another node_id.
+            return None if url is None else Destination(url)
+        if other.public_url == self._node.public_url:
+            return None  # a load balancer's
+        return destination_at(self._node_directory, other, client_id)

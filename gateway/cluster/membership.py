@@ -75,6 +75,13 @@ class NodeDirectory:
         """Return another live node, or ``None``."""
         return self._nodes.get(node_id)
 
+    def has_own_url(self, node_id: str, public_url: str) -> bool:
+        """Whether no other node has the public URL of a node, so that a client which connects there reaches that
+        node."""
+        return bool(public_url) and not any(
+            node.public_url == public_url and node.node_id != node_id for node in self._nodes.values()
+        )
+
     def least_loaded(self) -> NodeStatus | None:
         """Return the other node that accepts clients and has the most room, or ``None`` if none has any.
 

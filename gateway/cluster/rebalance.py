@@ -54,7 +54,7 @@ from gateway.cluster.drain import GracefulDisconnect
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.interface import CallTracker, INode, IPeerClient, IRebalancer
 from gateway.cluster.membership import NodeDirectory
-from gateway.cluster.routing import connect_url
+from gateway.cluster.routing import Destination, destination_at
 from gateway.metrics import Metrics
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, NodeStatus, SessionKey
@@ -238,14 +238,15 @@ class Migration:
         in_flight: Callable[[SessionKey], int],
         public_url: str,
         target_node: Callable[[str], NodeStatus | None],
+        destination_at: Callable[[NodeStatus, str], Destination],
         has_excess: Callable[[], bool],
         on_finished: Callable[[bool], None],
     ) -> None:
         """``plan`` maps node_ids to the number of clients to move there; ``rate`` is in clients per second.
         ``public_url`` is this node's: a client that is moved to a node with the same one gets no URL, and is routed by
         what is in front of both. ``target_node`` returns the node of a node_id as long as clients are to be moved
-        there, and ``has_excess`` whether any are to be moved at all. ``on_finished`` is called once, unless
-        :meth:`stop` is, with whether everything possible was moved."""
+        there, ``destination_at`` the destination of a client at a node, and ``has_excess`` whether any are to be moved
+        at all. ``on_finished`` is called once, unless :meth:`stop` is, with whether everything possible was moved."""
         self._remaining = dict(plan)
         self.planned = sum(plan.values())
         self._registry = registry
@@ -256,6 +257,7 @@ class Migration:
         self._rate = rate
         self._public_url = public_url
         self._target_node = target_node
+        self._destination_at = destination_at
         self._has_excess = has_excess
         self._on_finished = on_finished
         self._candidates = Candidates(sessions, graceful_disconnect, in_flight)
@@ -323,7 +325,7 @@ class Migration:
         node = self._target_node(node_id)
         if node is None:
             self._drop_target(node_id)
-        elif self._graceful_disconnect.send_goaway(client_id, "rebalance", self._connect_url(node, client_id)):
+        elif self._graceful_disconnect.send_goaway(client_id, "rebalance", self._destination(node, client_id)):
             self._tokens -= 1.0
             self.migrated += 1
             self._metrics.rebalanced += 1
@@ -331,8 +333,8 @@ class Migration:
             # The client has left by itself; another one goes in its place.
             self._remaining[node_id] += 1
 
-    def _connect_url(self, node: NodeStatus, client_id: str) -> str | None:
-        return None if node.public_url == self._public_url else connect_url(node.public_url, client_id)
+    def _destination(self, node: NodeStatus, client_id: str) -> Destination | None:
+        return None if node.public_url == self._public_url else self._destination_at(node, client_id)
 
     def _drop_target(self, node_id: str) -> None:
         self._remaining[node_id] = 0
@@ -470,6 +472,7 @@ class Rebalancer:
             rate=self.rate,
             in_flight=calls.calls_in_flight_on,
             target_node=self._target_node,
+            destination_at=partial(destination_at, node_directory),
             has_excess=self._has_excess,
             on_finished=self._migration_finished,
         )

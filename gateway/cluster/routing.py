@@ -15,19 +15,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from urllib.parse import quote
 
+import attrs
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
+from gateway.auth.interface import Identity
+from gateway.auth.tickets import Tickets
 from gateway.clients.interface import ConnectRequest, IClientRouter, RouteDecision
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.interface import INode, IPeerClient, IRelayDialer
 from gateway.cluster.membership import NodeDirectory
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import retry_after_header
+from gateway.protocol.uri import TICKET_PARAMETER
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Assignment, IRegistry, Location, SessionKey
+from gateway.registry.interface import Assignment, IRegistry, Location, NodeStatus, SessionKey
 from gateway.rpc.interface import IMembership
+from gateway.settings import ConfigError
 
 #: timeout of requests to peers and the registry about the route of a client, in seconds
 ROUTE_TIMEOUT = 1.0
@@ -39,6 +44,35 @@ def connect_url(public_url: str, client_id: str) -> str:
     """Return the complete URL for a client that is sent to a node, marked so that the client is not sent on from
     there."""
     return f"{public_url}/v1/connect?client_id={quote(client_id, safe='')}&wsgateway_hop=1"
+
+
+@attrs.frozen
+class Destination:
+    """Where a client is sent."""
+
+    #: the complete URL, without a ticket
+    url: str
+    #: the node that the client reaches there; empty if that may be any node
+    node_id: str = ""
+
+    def url_with_ticket(self, tickets: Tickets | None, identity: Identity | None, after: float = 0.0) -> str:
+        """Return the URL, with a ticket if the client gets one for that node. It is to connect in ``after`` seconds;
+        ``identity`` is what it has proved."""
+        if tickets is None or identity is None or not self.node_id:
+            return self.url
+        try:
+            return f"{self.url}&{TICKET_PARAMETER}={tickets.issue(identity, self.node_id, after)}"
+        except ConfigError:
+            # Without a cluster secret the client needs its token. Peer connections report the problem.
+            return self.url
+
+
+def destination_at(
+    node_directory: NodeDirectory, node: NodeStatus | Assignment | Location, client_id: str
+) -> Destination:
+    """Return the public URL of another node as the destination of a client."""
+    has_own_url = node_directory.has_own_url(node.node_id, node.public_url)
+    return Destination(connect_url(node.public_url, client_id), node.node_id if has_own_url else "")
 
 
 @implementer(IClientRouter)
@@ -57,10 +91,11 @@ class ClientRouter:
         node_directory: NodeDirectory,
         clock: IReactorTime,
         has_relay_room: Callable[[int], bool],
+        tickets: Tickets | None = None,
     ) -> None:
         """With ``routes_to_owner`` a client whose session another node has is sent there, rather than taken over.
         ``has_relay_room`` tells whether there are file descriptors left for one more relay, besides the given number of
-        relays that are being opened."""
+        relays that are being opened. Without ``tickets`` no URL has one."""
         self.routes_to_owner = routes_to_owner
         self._node = node
         self._membership = membership
@@ -70,6 +105,7 @@ class ClientRouter:
         self._node_directory = node_directory
         self._clock = clock
         self._has_relay_room = has_relay_room
+        self._tickets = tickets
         #: number of relays that are being opened
         self._relays_opening = 0
 
@@ -97,7 +133,7 @@ class ClientRouter:
                 return None
             # Its lease has expired, which proves nothing while the database may have been unavailable.
             raise _owner_unknown() from None
-        return await self._redirect_or_relay(request, owner.node_id, owner.public_url, owner.peer_url)
+        return await self._redirect_or_relay(request, owner)
 
     def has_peers(self) -> bool:
         return len(self._node_directory) > 0
@@ -112,7 +148,7 @@ class ClientRouter:
                 return None
         except PeerUnreachableError:
             return None
-        return await self._redirect_or_relay(request, assignment.node_id, assignment.public_url, assignment.peer_url)
+        return await self._redirect_or_relay(request, assignment)
 
     def route_overflow(self, request: ConnectRequest) -> Deferred[RouteDecision | None]:
         return Deferred.fromCoroutine(self._route_overflow(request))
@@ -135,7 +171,7 @@ class ClientRouter:
         node = self._node_directory.least_loaded()
         if node is None:
             return None
-        return await self._redirect_or_relay(request, node.node_id, node.public_url, node.peer_url)
+        return await self._redirect_or_relay(request, node)
 
     async def _route_to_assigned(self, request: ConnectRequest) -> RouteDecision | None:
         try:
@@ -147,19 +183,28 @@ class ClientRouter:
         return await self._route_to(request, assignment)
 
     async def _redirect_or_relay(
-        self, request: ConnectRequest, node_id: str, public_url: str, peer_url: str
+        self, request: ConnectRequest, node: NodeStatus | Assignment | Location
     ) -> RouteDecision | None:
-        if request.accepts_redirect and public_url != self._node.public_url:
-            return RouteDecision(url=connect_url(public_url, request.client_id))
+        if request.accepts_redirect and node.public_url not in ("", self._node.public_url):
+            destination = destination_at(self._node_directory, node, request.client_id)
+            return RouteDecision(url=destination.url_with_ticket(self._tickets, _ticket_identity(request)))
         if not self._has_relay_room(self._relays_opening):
             return None
         self._relays_opening += 1
         try:
-            return RouteDecision(relay=await self._relay_dialer.dial(request, node_id, peer_url, RELAY_TIMEOUT))
+            return RouteDecision(
+                relay=await self._relay_dialer.dial(request, node.node_id, node.peer_url, RELAY_TIMEOUT)
+            )
         except PeerUnreachableError:
             return None
         finally:
             self._relays_opening -= 1
+
+
+def _ticket_identity(request: ConnectRequest) -> Identity | None:
+    if not request.ticket_method:
+        return None
+    return Identity(request.client_id, request.expires_at, method=request.ticket_method)
 
 
 def _owner_unknown() -> RequestRefusedError:

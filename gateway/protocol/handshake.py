@@ -102,8 +102,8 @@ class HandshakeRequest:
     """A valid request to open a WebSocket (RFC 6455, section 4.2.1)."""
 
     path: str
-    #: what follows the ``?``, not decoded
-    query: str
+    #: what follows the ``?``, not decoded; it may have a ticket
+    query: str = attrs.field(repr=False)
     #: by name in lower case; the values of a repeated header are joined by ``, ``
     headers: dict[str, str]
     #: the value of Sec-WebSocket-Key

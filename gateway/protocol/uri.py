@@ -13,11 +13,19 @@ import attrs
 
 #: the path of the opening handshake, after the prefix
 CONNECT_PATH = "/v1/connect"
+#: query parameter of a credential that is in no log line and no repr; in the URIs that a gateway hands out
+TICKET_PARAMETER = "wsgateway_ticket"
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+_TICKET = re.compile(rf"[?&]{TICKET_PARAMETER}=[^&#]*")
 _VISIBLE_ASCII = re.compile(r"[!-~]+")
 _DEFAULT_PORTS = {"ws": 80, "wss": 443}
 _EXPECTED_FORM = "write ws://host[:port][/prefix] or wss://host[:port][/prefix]"
+
+
+def without_ticket(url: str) -> str:
+    """Remove the ticket from a URI, for a log line; the URI may be invalid."""
+    return _TICKET.sub("", url)
 
 
 @attrs.frozen
@@ -29,7 +37,7 @@ class WebSocketURI:
     host: str
     port: int
     #: path and query, as in the request line
-    resource: str
+    resource: str = attrs.field(repr=lambda resource: repr(without_ticket(resource)))
 
     @property
     def host_header(self) -> str:
@@ -40,6 +48,11 @@ class WebSocketURI:
     def url(self) -> str:
         """The whole URI; its port is always explicit."""
         return f"{'wss' if self.secure else 'ws'}://{self.host_header}:{self.port}{self.resource}"
+
+    @property
+    def loggable_url(self) -> str:
+        """The whole URI without the ticket, for log lines and messages."""
+        return without_ticket(self.url)
 
     def resolve_redirect(self, url: str) -> WebSocketURI:
         """Parse a URI that the gateway at this one handed out; it may be relative.

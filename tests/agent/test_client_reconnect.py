@@ -201,6 +201,57 @@ class RedirectTests(RedirectTestCase):
             self.assertTrue(agent.connected)
 
 
+class TicketTests(RedirectTestCase):
+    """URLs with a ticket."""
+
+    TICKET_URL = f"{RedirectTestCase.OTHER_URL}&wsgateway_ticket=v1.secret"
+
+    def test_followed_with_the_token_as_well(self) -> None:
+        for send_away in (
+            lambda: self.gateway.refuse(307, {"Location": self.TICKET_URL}),
+            lambda: self.gateway.goaway("demo-1", self.TICKET_URL, 0.0),
+        ):
+            self.setUp()
+            agent = self.start_agent(token="T")
+            send_away()
+            if self.attempts() == 1:
+                self.gateway.drop("demo-1")
+            self.gateway.advance(1)
+            self.assertEqual(self.urls()[-1], self.TICKET_URL)
+            self.assertEqual(self.gateway.openings[-1].headers["authorization"], "Bearer T")
+            self.assertEqual(agent.connected_url, self.OTHER_URL)
+
+    def test_refused_ticket(self) -> None:
+        """Back to the configured url, as often as it takes."""
+        agent = self.start_agent()
+        home = self.urls()[0]
+        for _ in range(3):
+            self.gateway.refuse(401, word="ticket")
+            self.gateway.goaway("demo-1", self.TICKET_URL, 0.0)
+            self.assertEqual(self.urls()[-1], self.TICKET_URL)
+            self.gateway.advance(60)
+            self.assertEqual(agent.connected_url, home)
+            self.gateway.advance(60)
+
+    def test_not_logged(self) -> None:
+        with capturedLogs() as logs:
+            agent = self.start_agent()
+            self.gateway.refuse(401, word="ticket")
+            self.gateway.goaway("demo-1", self.TICKET_URL, 0.0)
+            self.gateway.advance(60)
+            self.gateway.goaway("demo-1", self.TICKET_URL, 0.0)
+            self.gateway.advance(60)
+            self.gateway.goaway("demo-1", f"ftp://x/{self.TICKET_URL}", 0.0)
+            self.gateway.advance(60)
+            self.gateway.refuse(404)
+            self.gateway.drop("demo-1")
+            self.gateway.advance(60)
+        self.assertIn("401 (ticket", repr([formatEvent(event) for event in logs]))
+        self.assertIn("ignored the url", repr([formatEvent(event) for event in logs]))
+        self.assertNotIn("secret", repr(logs))
+        self.assertNotIn("secret", repr(agent.connected_url))
+
+
 class GoAwayTests(RedirectTestCase):
     def test_goaway_url_after_its_delay(self) -> None:
         agent = self.start_agent()

@@ -101,6 +101,19 @@ class FailureTests(SynchronousTestCase):
             attempt = reconnect_policy().after_failure(HANDED_OUT, HandshakeRefusedError(status, {}, b""))
             self.assertEqual((attempt.stop, attempt.target, attempt.delay), (None, CONFIGURED, 1.0))
 
+    def test_refused_ticket_leads_back_to_the_configured_url(self) -> None:
+        target = parse_uri(f"{HANDED_OUT.url}&wsgateway_ticket=v1.secret")
+        policy = reconnect_policy()
+        redirect = HandshakeRefusedError(307, {"location": target.url}, b"")
+        self.assertEqual(policy.after_failure(CONFIGURED, redirect).target, target)
+        refusal = HandshakeRefusedError(401, {}, b'{"error":"ticket","message":"used"}')
+        attempt = policy.after_failure(target, refusal)
+        self.assertEqual((attempt.target, attempt.delay, attempt.stop), (CONFIGURED, 1.0, None))
+        self.assertIn("401 (ticket: used)", attempt.reason)
+        self.assertNotIn("secret", attempt.reason)
+        # Sent there once more, it follows.
+        self.assertEqual(policy.after_failure(CONFIGURED, redirect).target, target)
+
 
 class RedirectTests(SynchronousTestCase):
     def test_three_redirects_then_configured_url(self) -> None:

@@ -16,9 +16,17 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from gateway.auth.authenticator import AuthenticatorChain
-from gateway.auth.errors import ClientIdMissingError, IdentityMismatchError, KeysUnavailableError, TokenRefusedError
-from gateway.auth.interface import Credentials, IAuthenticator, Identity, ITokenVerifier, is_client_id
+from gateway.auth.errors import (
+    ClientIdMissingError,
+    IdentityMismatchError,
+    KeysUnavailableError,
+    TicketRefusedError,
+    TokenRefusedError,
+)
+from gateway.auth.interface import AuthMethod, Credentials, IAuthenticator, Identity, ITokenVerifier, is_client_id
+from gateway.auth.tickets import Tickets
 from gateway.auth.token_file import TokenFile
+from gateway.metrics import Metrics
 from gateway.settings import ConfigError
 from tests.builders.certificates import DNS, END, URI, certificate
 from tests.builders.tokens import EC, NOW, OTHER_EC, pem, sign
@@ -262,6 +270,68 @@ class ChainOrderTests(SynchronousTestCase):
         auth = self.make(mtls=True, none=True)
         self.assertEqual(auth.authenticate(Credentials(None, "a")), Identity("a"))
         self.refused(IdentityMismatchError, auth, None, "a", certificate=lambda: certificate(URI))
+
+
+class TicketTests(SynchronousTestCase):
+    """Clients that another node has sent here."""
+
+    def setUp(self) -> None:
+        self.tickets = Tickets("b", lambda: b"secret", wall_clock=lambda: NOW)
+        self.metrics = Metrics()
+        path = self.mktemp()
+        with open(path, "w") as file:
+            file.write(f"a {hashlib.sha256(b'one').hexdigest()}")
+        self.tokens = f"tokens:{path}"
+
+    def make(self, *specs: str) -> AuthenticatorChain:
+        return AuthenticatorChain(specs, metrics=self.metrics, wall_clock=lambda: NOW, tickets=self.tickets)
+
+    def ticket(self, method: AuthMethod = AuthMethod.TOKENS) -> str:
+        return self.tickets.issue(Identity("a", method=method), "b")
+
+    def test_methods(self) -> None:
+        for credentials, method in (
+            (Credentials("one"), AuthMethod.TOKENS),
+            (Credentials(certificate=lambda: certificate(DNS)), AuthMethod.MTLS),
+            (Credentials(None, "x"), AuthMethod.NONE),
+        ):
+            self.assertEqual(self.make(self.tokens, "mtls", "none").authenticate(credentials).method, method)
+        auth = self.make("mtls")
+        auth._verifiers[:] = [FakeVerifier(Identity("robot-7.example.com", method=AuthMethod.JWT))]
+        both = auth.authenticate(Credentials("t", certificate=lambda: certificate(DNS)))
+        self.assertEqual(both.method, AuthMethod.MTLS)
+
+    def test_ticket_instead_of_a_token(self) -> None:
+        auth, ticket = self.make(self.tokens), self.ticket()
+        identity = auth.authenticate(Credentials(None, "a", ticket=ticket))
+        self.assertEqual((identity, identity.method), (Identity("a"), AuthMethod.TOKENS))
+        error = self.assertRaises(TicketRefusedError, auth.authenticate, Credentials(None, "a", ticket=ticket))
+        self.assertIn("connect to the first URL, with the token", str(error))
+        self.assertEqual(self.metrics.token_refusals, {"ticket_spent": 1})
+        auth.restore_ticket(identity.ticket)
+        auth.authenticate(Credentials(None, "a", ticket=ticket))
+
+    def test_method_must_be_accepted_here(self) -> None:
+        for specs in ((self.tokens,), ("mtls",)):
+            credentials = Credentials(None, "a", ticket=self.ticket(AuthMethod.JWT))
+            self.assertRaises(TicketRefusedError, self.make(*specs).authenticate, credentials)
+        self.assertEqual(self.metrics.token_refusals, {"ticket_method": 2})
+
+    def test_valid_credentials_spend_no_ticket(self) -> None:
+        ticket = self.ticket()
+        self.make(self.tokens).authenticate(Credentials("one", "a", ticket=ticket))
+        self.make("none").authenticate(Credentials(None, "a", ticket=ticket))
+        shown = Credentials(None, "robot-7.example.com", lambda: certificate(DNS), ticket)
+        self.assertEqual(self.make(self.tokens, "mtls").authenticate(shown).method, AuthMethod.MTLS)
+        identity = self.make(self.tokens).authenticate(Credentials(None, "a", ticket=ticket))
+        self.assertEqual(identity.ticket, ticket)
+
+    def test_node_without_tickets(self) -> None:
+        auth = AuthenticatorChain((self.tokens,), wall_clock=lambda: NOW)
+        self.assertRaises(TicketRefusedError, auth.authenticate, Credentials(None, "a", ticket=self.ticket()))
+
+    def test_not_in_reprs(self) -> None:
+        self.assertNotIn("v1.", repr(Credentials("v1.token", "a", ticket=self.ticket())))
 
 
 class SpecTests(SynchronousTestCase):

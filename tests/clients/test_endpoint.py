@@ -12,13 +12,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.interfaces import ISSLTransport
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides, providedBy
 
-from gateway.auth.interface import is_client_id
-from gateway.clients.endpoint import MAX_ADDRESS, RelayedClientFactory, parse_client_id, parse_relay_query
+from gateway.auth.authenticator import AuthenticatorChain
+from gateway.auth.interface import TICKET_METHODS, AuthMethod, Identity, is_client_id
+from gateway.auth.tickets import Tickets
+from gateway.clients.endpoint import MAX_ADDRESS, RelayedClientFactory, parse_client_id, parse_relay_query, parse_ticket
 from gateway.net.proxy_protocol import ProxyProtocolFactory
 from gateway.protocol.errors import RequestRefusedError
+from gateway.protocol.handshake import parse_request
 from gateway.websocket.handshake_limiter import HEALTH_CHECKS_PER_SECOND, MAX_POSTPONED_REFUSALS
 from tests.builders.frames import build_request, text_frame
 from tests.builders.sockets import read_available
@@ -299,6 +303,148 @@ class IdentityTest(EndpointTestCase):
 
     def test_gateway_headers_are_ignored(self) -> None:
         self.assert_opens(FakeNode(), "a", "/v1/connect?client_id=a", Wsgateway_Client="b", Wsgateway_Redirect="1")
+
+
+class TicketTest(EndpointTestCase):
+    """A client that another node has sent here, with a ticket"""
+
+    def setUp(self) -> None:
+        self.now = 1_800_000_000.0
+        self.tickets = Tickets("b", lambda: b"secret", wall_clock=lambda: self.now)
+        self.node = FakeNode()
+        self.node.factory._authenticator = AuthenticatorChain(
+            (self.tokens(a="secret", b="other"),), wall_clock=lambda: self.now, tickets=self.tickets
+        )
+        self.ticket = self.tickets.issue(Identity("a", self.now + 60, method=AuthMethod.TOKENS), "b")
+        self.target = f"/v1/connect?client_id=a&wsgateway_hop=1&wsgateway_ticket={self.ticket}"
+
+    def test_no_token_is_needed(self) -> None:
+        self.assert_opens(self.node, "a", self.target)
+        # The session ends when the token of the client would have ended it.
+        self.assertEqual(self.node.sessions._table.get("a").expires_at, self.now + 60)
+        answer = self.assert_refused_again(self.node, 401, "ticket")
+        self.assertEqual(answer["WWW-Authenticate"], "Bearer")
+
+    def assert_refused_again(self, node: FakeNode, status: int, word: str, **headers: str) -> dict[str, str]:
+        got_status, got_word, got_headers = self.connect(node, self.target, **headers).refusal()
+        self.assertEqual((got_status, got_word), (status, word))
+        return got_headers
+
+    def test_refused(self) -> None:
+        for query in (
+            f"client_id=b&wsgateway_hop=1&wsgateway_ticket={self.ticket}",
+            f"wsgateway_hop=1&wsgateway_ticket={self.ticket}",
+            f"client_id=a&wsgateway_ticket={self.ticket}",
+            f"client_id=a&wsgateway_hop=0&wsgateway_ticket={self.ticket}",
+            f"client_id=a&wsgateway_hop=1&wsgateway_ticket={self.ticket}&wsgateway_ticket={self.ticket}",
+            "client_id=a&wsgateway_hop=1&wsgateway_ticket=",
+            "client_id=a&wsgateway_hop=1&wsgateway_ticket",
+            "client_id=a&wsgateway_hop=1&wsgateway_ticket=x",
+            f"client_id=a&wsgateway_hop=1&wsgateway_ticket={self.ticket.replace('.', '%2E')}",
+        ):
+            self.assert_refused(self.node, 401, "ticket", f"/v1/connect?{query}")
+        self.assert_opens(self.node, "a", self.target)
+
+    def test_no_ticket(self) -> None:
+        for query in (
+            "client_id=a&wsgateway_hop=1",
+            "client_id=a&x=wsgateway_ticket",
+            "client_id=a&xwsgateway_ticket=x",
+        ):
+            self.assert_refused(self.node, 401, "token", f"/v1/connect?{query}")
+
+    def test_a_token_wins(self) -> None:
+        for headers in ({"Authorization": "Bearer secret"}, {"Sec_WebSocket_Protocol": "wsgateway.bearer.secret"}):
+            self.assert_opens(self.node, "a", self.target, **headers)
+        self.assert_opens(self.node, "a", self.target.replace(self.ticket, "x"), Authorization="Bearer secret")
+        self.assertEqual(self.node.sessions._table.get("a").expires_at, 0)
+        # All of these were without the ticket. So is one whose token is refused.
+        for value, status, word in (("Bearer wrong", 401, "token"), ("Bearer other", 403, "identity")):
+            self.assert_refused_again(self.node, status, word, Authorization=value)
+        client = self.connect(self.node, self.target, Authorization="Basic eDp5")
+        client.expect_open()
+
+    def test_origin_is_checked(self) -> None:
+        self.assert_refused(self.node, 403, "origin", self.target, Origin="https://evil.example")
+        self.assert_opens(self.node, "a", self.target)
+
+    def test_not_spent_by_a_handshake_that_is_refused(self) -> None:
+        self.node.unready_reason = "draining"
+        for _ in range(2):
+            self.assert_refused(self.node, 503, "draining", self.target)
+        self.node.unready_reason = ""
+        self.assert_opens(self.node, "a", self.target)
+
+    def test_not_spent_by_a_handshake_that_is_lost(self) -> None:
+        self.node.registry.grants_at_once = False
+        client = self.connect(self.node, self.target)
+        # Not twice at the same time.
+        self.assert_refused_again(self.node, 401, "ticket")
+        client.lose()
+        client = self.connect(self.node, self.target)
+        self.node.registry.grant()
+        client.expect_open()
+        self.assert_refused_again(self.node, 401, "ticket")
+
+    def test_not_spent_by_a_claim_for_a_connection_that_has_timed_out(self) -> None:
+        self.node.registry.grants_at_once = False
+        client = self.connect(self.node, self.target)
+        self.node.advance(6)
+        self.assertEqual(client.refusal()[0], 503)
+        self.now += 6
+        client = self.connect(self.node, self.target)
+        self.node.registry.grant()
+        client.expect_open()
+
+    def test_not_at_other_endpoints(self) -> None:
+        query = f"client_id=a&wsgateway_hop=1&wsgateway_ticket={self.ticket}"
+        self.assert_refused(self.node, 404, "path", f"/v1/relay?{query}")
+
+    def test_nothing_of_it_is_logged(self) -> None:
+        with capturedLogs() as logs:
+            self.assert_opens(self.node, "a", self.target)
+            self.assert_refused_again(self.node, 401, "ticket")
+        self.assertIn("a ticket that was used before", repr(logs))
+        self.assertNotIn(self.ticket[:20], repr(logs))
+        request = parse_request(build_request(self.target), "/v1/connect")
+        self.assertIn(self.ticket, request.query)
+        self.assertNotIn(self.ticket[:20], repr(request))
+
+    def test_who_gets_tickets(self) -> None:
+        """Clients that follow redirects, and whose credentials a ticket can stand for."""
+        for headers, identity in (
+            ({"Wsgateway_Redirect": "1"}, Identity("a", self.now + 60)),
+            ({}, None),
+            ({"Wsgateway_Redirect": "0"}, None),
+        ):
+            self.setUp()
+            self.assert_opens(self.node, "a", self.target, **headers)
+            generation = self.node.sessions.generation("a")
+            self.assertEqual(self.node.sessions.ticket_identity("a", generation), identity)
+        for method in AuthMethod:
+            request = self.connect(self.node).protocol.connect_request(
+                parse_request(build_request(extra=(("Wsgateway-Redirect", "1"),)), "/v1/connect"),
+                Identity("a", method=method),
+            )
+            self.assertEqual(request.ticket_method, method if method in TICKET_METHODS else AuthMethod.NONE)
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.lists(st.sampled_from(["wsgateway_hop=1", "wsgateway_ticket=x", "wsgateway_ticket", "client_id=a", ""])))
+    def test_generated(self, parameters: list[str]) -> None:
+        ticket = parse_ticket("&".join(parameters))
+        count = sum(parameter.startswith("wsgateway_ticket") for parameter in parameters)
+        if not count:
+            self.assertIsNone(ticket)
+        elif count > 1 or "wsgateway_hop=1" not in parameters:
+            self.assertEqual(ticket, "")
+        else:
+            self.assertEqual(ticket, "x" if "wsgateway_ticket=x" in parameters else "")
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=60))
+    def test_anything(self, query: str) -> None:
+        ticket = parse_ticket(query)
+        self.assertTrue(ticket is None or ticket in query)
 
 
 class LimitTest(EndpointTestCase):

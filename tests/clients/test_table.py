@@ -11,6 +11,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
+from gateway.auth.interface import AuthMethod, Identity
 from gateway.clients.interface import IParkingOwner, Session, SessionInfo, UnparkedSession
 from gateway.clients.table import (
     BUSY_WINDOW,
@@ -378,6 +379,31 @@ class WakeTest(SessionTableTestCase):
         self.assertEqual(self.node.factory.countConnections, 0)
         # The timer of the sweep.
         self.assertEqual(len(self.node.clock.getDelayedCalls()), 1)
+
+
+class TicketIdentityTest(SynchronousTestCase):
+    """ticket_identity()"""
+
+    def test_awake_and_parked(self) -> None:
+        node = ParkingNode()
+        self.addCleanup(node.close)
+        for client_id, method, expires_at in (("a", AuthMethod.JWT, node.wall_time + 60), ("b", AuthMethod.NONE, 0.0)):
+            node.connect(client_id)
+            session = node.table.get(client_id)
+            session.ticket_method, session.expires_at = method, expires_at
+            expected = Identity(client_id, expires_at) if method else None
+            for parked in (False, True):
+                self.assertEqual(client_id in node.parked.fds, parked)
+                identity = node.table.ticket_identity(client_id, session.generation)
+                self.assertEqual(identity, expected)
+                self.assertEqual(AuthMethod.NONE if identity is None else identity.method, method)
+                for generation in (0, session.generation + 1):
+                    self.assertIsNone(node.table.ticket_identity(client_id, generation))
+                node.advance(2)
+            # Woken again, it still has the method.
+            self.assertEqual(node.table.get(client_id).ticket_method, method)
+        self.assertIsNone(node.table.ticket_identity("c", 1))
+        self.assertIsNone(node.table.ticket_identity("c", 0))
 
 
 class RenewTest(SynchronousTestCase):

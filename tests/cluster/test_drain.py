@@ -10,6 +10,9 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.auth.errors import VerificationError
+from gateway.auth.interface import AuthMethod, Identity
+from gateway.auth.tickets import Tickets
 from gateway.cluster.drain import (
     BACKEND_GRACE_PERIOD,
     MAX_RECONNECT_DELAY,
@@ -22,6 +25,7 @@ from gateway.cluster.drain import (
     SessionDrain,
 )
 from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.routing import Destination
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location, SessionKey
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
@@ -60,7 +64,7 @@ class SessionDrainTests(SynchronousTestCase):
             self.clock,
             duration,
             graceful_disconnect=self.graceful_disconnect,
-            url_for=lambda client_id: None if client_id == "c-1" else f"ws://x/{client_id}",
+            destination_for=lambda client_id: None if client_id == "c-1" else Destination(f"ws://x/{client_id}"),
         ).start()
 
     def advance(self, seconds: float) -> None:
@@ -124,7 +128,7 @@ class SessionDrainTests(SynchronousTestCase):
         self.sessions.connected.add("c-0")
         self.graceful_disconnect.send_goaway("c-0", "rebalance", None)
         drained = SessionDrain(
-            self.sessions, self.clock, 0, graceful_disconnect=self.graceful_disconnect, url_for=lambda _: None
+            self.sessions, self.clock, 0, graceful_disconnect=self.graceful_disconnect, destination_for=lambda _: None
         ).start()
         self.advance(10)
         self.assertNoResult(drained)
@@ -142,7 +146,7 @@ class SessionDrainTests(SynchronousTestCase):
             1,
             graceful_disconnect=graceful_disconnect,
             handoffs=lambda: handoffs[0],
-            url_for=lambda _: None,
+            destination_for=lambda _: None,
         ).start()
         clock.pump([POLL_INTERVAL] * 40)
         self.assertEqual(len(sessions.closed), 2)
@@ -160,7 +164,7 @@ class SessionDrainTests(SynchronousTestCase):
             10,
             graceful_disconnect=without_calls(sessions, clock),
             is_single_node=lambda: True,
-            url_for=lambda one: f"ws://x/{one}",
+            destination_for=lambda one: Destination(f"ws://x/{one}"),
         ).start()
         clock.pump([POLL_INTERVAL] * round(11 / POLL_INTERVAL))
         for client_id, (closed_at, _) in sessions.closed.items():
@@ -191,7 +195,7 @@ class SessionDrainTests(SynchronousTestCase):
             clock,
             10,
             graceful_disconnect=without_calls(sessions, clock),
-            url_for=lambda _: None,
+            destination_for=lambda _: None,
             relayed_client_ids=lambda: list(remaining),
             drain_relay=end,
         ).start()
@@ -209,7 +213,7 @@ class SessionDrainTests(SynchronousTestCase):
             clock,
             1,
             graceful_disconnect=without_calls(sessions, clock),
-            url_for=lambda _: None,
+            destination_for=lambda _: None,
             relayed_client_ids=lambda: ["r"] if len(drained_relays) < 3 else [],
             drain_relay=drained_relays.append,
         ).start()
@@ -252,13 +256,14 @@ class GracefulDisconnectTests(SynchronousTestCase):
             registry=self.sessions,
             node_directory=self.node_directory,
             max_call_timeout=60,
+            tickets=Tickets("a", lambda: b"secret", wall_clock=lambda: 1000.0),
         )
 
     def advance(self, seconds: float) -> None:
         self.clock.pump([POLL_INTERVAL] * round(seconds / POLL_INTERVAL))
 
     def test_without_calls(self) -> None:
-        self.assertTrue(self.graceful_disconnect.send_goaway("c-0", "rebalance", "ws://x/c-0"))
+        self.assertTrue(self.graceful_disconnect.send_goaway("c-0", "rebalance", Destination("ws://x/c-0")))
         goaway = self.sessions.goaways["c-0"]
         self.assertEqual(goaway["method"], "gateway.goaway")
         self.assertTrue(0 <= goaway["params"].pop("after") <= MAX_RECONNECT_DELAY)
@@ -266,6 +271,29 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.assertEqual(self.tracker.goaways_begun, [("c-0", 1, False)])
         self.assertEqual(self.sessions.closed, {"c-0": (0.0, 1012)})
         self.assertEqual((len(self.graceful_disconnect), self.clock.getDelayedCalls()), (0, []))
+
+    def test_ticket_in_the_url(self) -> None:
+        """It is valid for 30 s after the delay of the goaway."""
+        identity = Identity("c-0", 5000.0, method=AuthMethod.TOKENS)
+        self.sessions.ticket_identities[SessionKey("c-0", 1)] = identity
+        for client_id in ("c-0", "c-1"):
+            self.graceful_disconnect.send_goaway(
+                client_id, "drain", Destination(f"ws://x/?client_id={client_id}", "b"), min_delay=2.0, max_delay=0.0
+            )
+        url, _, ticket = str(self.sessions.goaways["c-0"]["params"]["url"]).partition("&wsgateway_ticket=")
+        self.assertEqual((url, self.sessions.goaways["c-0"]["params"]["after"]), ("ws://x/?client_id=c-0", 2.0))
+        self.assertEqual(self.sessions.goaways["c-1"]["params"]["url"], "ws://x/?client_id=c-1")
+        for now, accepted in ((1031.9, True), (1032.0, False)):
+            other = Tickets("b", lambda: b"secret", wall_clock=lambda now=now: now)
+            if accepted:
+                self.assertEqual(other.redeem(ticket, "c-0", {AuthMethod.TOKENS}), identity)
+            else:
+                self.assertRaises(VerificationError, other.redeem, ticket, "c-0", {AuthMethod.TOKENS})
+
+    def test_no_ticket_for_a_url_that_may_lead_to_any_node(self) -> None:
+        self.sessions.ticket_identities[SessionKey("c-0", 1)] = Identity("c-0", method=AuthMethod.JWT)
+        self.graceful_disconnect.send_goaway("c-0", "drain", Destination("ws://x/c-0"))
+        self.assertEqual(self.sessions.goaways["c-0"]["params"]["url"], "ws://x/c-0")
 
     def test_no_url(self) -> None:
         self.graceful_disconnect.send_goaway("c-0", "drain", None)

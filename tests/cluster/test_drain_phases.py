@@ -15,7 +15,7 @@ from zope.interface.verify import verifyObject
 
 from gateway.cluster.drain import POLL_INTERVAL, STEP_TIMEOUT, Drain, GracefulDisconnect
 from gateway.cluster.interface import INodeService, NodeState
-from gateway.cluster.routing import connect_url
+from gateway.cluster.routing import Destination, connect_url
 from gateway.registry.interface import NodeStatus
 from gateway.settings import make_settings
 from tests.fakes.cluster import FakeCallTracker, FakeNode, FakeNodeDirectory, node_status
@@ -51,6 +51,7 @@ class DrainTests(SynchronousTestCase):
         self.withdrawn: Deferred[None] = succeed(None)
         self.updated: Deferred[None] = succeed(None)
         self.other: NodeStatus | None = None
+        self.other_has_own_url = True
         #: calls in flight of each client
         self.calls = 0
         self.drain = Drain(
@@ -68,6 +69,7 @@ class DrainTests(SynchronousTestCase):
                 refresh=self.record("refresh", lambda: succeed(None)),
                 is_single_node=lambda: self.other is None,
                 least_loaded=lambda: self.other,
+                has_own_url=lambda node_id, public_url: self.other_has_own_url,
             ),
             rebalancer=mock.Mock(stop=self.record("stop rebalancing")),
             graceful_disconnect=GracefulDisconnect(
@@ -177,15 +179,19 @@ class DrainTests(SynchronousTestCase):
 
     def test_the_url_is_that_of_the_least_loaded_node(self) -> None:
         self.other = node_status("b")
-        self.assertEqual(self.drain.goaway_url("x"), connect_url("ws://b", "x"))
+        self.assertEqual(self.drain.destination_for("x"), Destination(connect_url("ws://b", "x"), "b"))
+
+    def test_a_url_that_other_nodes_have_too_names_no_node(self) -> None:
+        self.other, self.other_has_own_url = node_status("b"), False
+        self.assertEqual(self.drain.destination_for("x"), Destination(connect_url("ws://b", "x")))
 
     def test_no_url_if_it_leads_to_any_node(self) -> None:
         self.other = attrs.evolve(node_status("b"), public_url=self.node.public_url)
-        self.assertIsNone(self.drain.goaway_url("x"))
+        self.assertIsNone(self.drain.destination_for("x"))
 
     def test_the_url_is_its_own_if_there_is_no_other(self) -> None:
         for other in (None, attrs.evolve(node_status("b"), public_url="")):
             self.other = other
             for url in ("ws://a/own", None):
                 self.node.own_url = url
-                self.assertEqual(self.drain.goaway_url("x"), url)
+                self.assertEqual(self.drain.destination_for("x"), url and Destination(url))

@@ -450,6 +450,16 @@ class NodeDirectoryTest(SynchronousTestCase):
         )
         self.assertEqual((self.node_directory.find("b"), self.node_directory.find("a")), (node_status("b"), None))
 
+    def test_node_with_a_url_of_its_own(self) -> None:
+        self.refresh("a", "b", "c")
+        for node_id, public_url, own in (
+            ("b", "ws://b", True),
+            ("unknown", "ws://unknown", True),
+            ("b", "ws://c", False),
+            ("b", "", False),
+        ):
+            self.assertEqual(self.node_directory.has_own_url(node_id, public_url), own)
+
     def test_nodes_with_this_nodes_peer_url(self) -> None:
         """They are ignored, and reported once: joining has ended the lease of a node that was there before."""
         self.peer_url = node_status("b").peer_url

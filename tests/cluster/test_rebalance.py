@@ -23,7 +23,7 @@ from gateway.cluster.rebalance import (
     REGISTRY_STALL_TIMEOUT,
     Migration,
 )
-from gateway.cluster.routing import connect_url
+from gateway.cluster.routing import Destination, connect_url
 from gateway.metrics import Metrics
 from gateway.registry.interface import NodeStatus
 from tests.fakes.cluster import FakePeerClient, node_status
@@ -423,6 +423,7 @@ class MigrationTests(SynchronousTestCase):
             in_flight=lambda key: self.calls[key.client_id],
             public_url="ws://all",
             target_node=self.target_node,
+            destination_at=lambda node, client_id: Destination(connect_url(node.public_url, client_id), node.node_id),
             has_excess=lambda: self.has_excess,
             on_finished=self.finished.append,
         )

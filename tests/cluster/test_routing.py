@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
+from gateway.auth.interface import AuthMethod, Identity
+from gateway.auth.tickets import Tickets
 from gateway.clients.interface import ConnectRequest, IClientRouter, IRelay, RouteDecision
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.interface import INode, IPeerClient, IRelayDialer
@@ -18,6 +21,7 @@ from gateway.cluster.routing import RELAY_TIMEOUT, ROUTE_TIMEOUT, ClientRouter, 
 from gateway.protocol.errors import RequestRefusedError
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Assignment, Location, NodeStatus, SessionKey
+from gateway.settings import ConfigError
 from tests.fakes.cluster import FakeNode, FakePeerClient, FakeRelayDialer, location, node_status
 from tests.fakes.rpc import FakeMembership
 
@@ -81,10 +85,63 @@ class ClientRouterCase(SynchronousTestCase):
             node_directory=self.node_directory,
             clock=self.clock,
             has_relay_room=lambda opening: self.relay_room > opening,
+            tickets=Tickets("a", lambda: b"secret", wall_clock=lambda: 1000.0),
         )
 
     def route(self, owner: Location, request: ConnectRequest = CONNECT_REQUEST) -> RouteDecision | None:
         return self.successResultOf(self.router.route_to_owner(request, owner))
+
+
+class TicketTest(ClientRouterCase):
+    """Redirects of clients that get tickets"""
+
+    REQUEST = ConnectRequest("a", "192.0.2.1:5", accepts_redirect=True, expires_at=2000.0, ticket_method=AuthMethod.JWT)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.registry.node_list = [node_status("a"), node_status("b"), node_status("c")]
+        self.successResultOf(self.node_directory.refresh())
+
+    def redeem(self, decision: RouteDecision | None, node_id: str) -> Identity:
+        """Redeem the ticket of a redirect at a node."""
+        assert decision is not None
+        url, _, ticket = decision.url.partition("&wsgateway_ticket=")
+        self.assertEqual(url, connect_url(f"ws://{node_id}", "a"))
+        self.assertNotIn(ticket[:20], repr(decision))
+        tickets = Tickets(node_id, lambda: b"secret", wall_clock=lambda: 1000.0)
+        return tickets.redeem(ticket, "a", {AuthMethod.JWT})
+
+    def test_to_the_owner_or_the_assigned_or_the_emptiest_node(self) -> None:
+        assignment = Assignment("c", "c", "ws://c", "ws://c:81")
+        for routing, node_id in (
+            (self.router.route_to_owner(self.REQUEST, location()), "b"),
+            (self.router.route_to(self.REQUEST, assignment), "c"),
+            (self.router.route_overflow(self.REQUEST), "b"),
+        ):
+            identity = self.redeem(self.successResultOf(routing), node_id)
+            self.assertEqual((identity, identity.method), (Identity("a", 2000.0), AuthMethod.JWT))
+
+    def test_only_for_clients_that_get_tickets(self) -> None:
+        self.assertEqual(self.route(location(), REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://b", "a")))
+        relayed = attrs.evolve(self.REQUEST, accepts_redirect=False)
+        self.assertEqual(self.route(location(), relayed), RouteDecision(relay=self.relay))
+
+    def test_not_if_several_nodes_have_the_url(self) -> None:
+        shared = attrs.evolve(node_status("c"), public_url="ws://b")
+        self.registry.node_list = [node_status("a"), node_status("b"), shared]
+        self.successResultOf(self.node_directory.refresh())
+        self.assertEqual(self.route(location(), self.REQUEST), RouteDecision(url=connect_url("ws://b", "a")))
+
+    def test_not_without_a_cluster_secret(self) -> None:
+        def fail() -> bytes:
+            raise ConfigError("cluster-secret-file", "it cannot be read")
+
+        self.router._tickets = Tickets("a", fail)
+        self.assertEqual(self.route(location(), self.REQUEST), RouteDecision(url=connect_url("ws://b", "a")))
+
+    def test_relayed_to_a_node_without_a_url(self) -> None:
+        unnamed = attrs.evolve(location(), public_url="")
+        self.assertEqual(self.route(unnamed, self.REQUEST), RouteDecision(relay=self.relay))
 
 
 class RouteToOwnerTest(ClientRouterCase):

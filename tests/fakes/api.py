@@ -157,6 +157,9 @@ class FakeClientSessions:
     def renew(self, key, expires_at):
         raise NotImplementedError
 
+    def ticket_identity(self, client_id, generation):
+        raise NotImplementedError
+
     def send(self, client_id, payload, generation=0):
         raise NotImplementedError
 

@@ -8,6 +8,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 
+from gateway.cluster.routing import Destination
 from gateway.registry.errors import RegistryUnavailableError
 from tests.fakes.sessions import FakeClientSessions
 
@@ -29,11 +30,11 @@ class FakeGracefulDisconnect:
     def goaway_sent(self, client_id: str) -> int:
         return int(client_id in self.disconnecting)
 
-    def send_goaway(self, client_id: str, reason: str, url: str | None) -> bool:
+    def send_goaway(self, client_id: str, reason: str, destination: Destination | None) -> bool:
         if client_id not in self._sessions.connected or client_id in self.disconnecting:
             return False
         assert client_id not in self.goaways, f"{client_id} was sent two goaways"
-        self.goaways[client_id] = self._clock.seconds(), reason, url
+        self.goaways[client_id] = self._clock.seconds(), reason, None if destination is None else destination.url
         if self._calls[client_id]:
             self.disconnecting.add(client_id)
         else:

@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from zope.interface import implementer
 
+from gateway.auth.interface import Identity
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.protocol.errors import RpcError
 from gateway.registry.interface import Location, SessionKey
@@ -84,6 +85,9 @@ class FakeClientSessions:
             return False
         self.renewed.append((*key, expires_at))
         return True
+
+    def ticket_identity(self, client_id: str, generation: int) -> Identity | None:
+        raise NotImplementedError
 
     def close_superseded(self, key: SessionKey) -> None:
         raise NotImplementedError

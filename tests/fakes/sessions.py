@@ -6,6 +6,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from zope.interface import implementer
 
+from gateway.auth.interface import Identity
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import SessionKey
@@ -24,6 +25,7 @@ class FakeClientSessions:
         self.kept_rows: set[SessionKey] = set()
         #: client_id -> generation, if it is not 1
         self.generations: dict[str, int] = {}
+        self.ticket_identities: dict[SessionKey, Identity] = {}
 
     def client_ids(self) -> list[str]:
         return list(self.connected)
@@ -60,6 +62,9 @@ class FakeClientSessions:
 
     def renew(self, key: SessionKey, expires_at: float) -> bool:
         raise NotImplementedError
+
+    def ticket_identity(self, client_id: str, generation: int) -> Identity | None:
+        return self.ticket_identities.get(SessionKey(client_id, generation))
 
     def generation(self, client_id: str) -> int:
         return self.generations.get(client_id, 1) if client_id in self.connected else 0

@@ -12,6 +12,7 @@ from twisted.internet.task import Clock
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.membership import NodeDirectory
 from gateway.cluster.rebalance import Rebalancer
+from gateway.cluster.routing import Destination
 from gateway.metrics import Metrics
 from gateway.registry.interface import NodeStatus
 from gateway.settings import Settings
@@ -66,10 +67,10 @@ class SimulatedGracefulDisconnect(FakeGracefulDisconnect):
 
     cluster: SimulatedCluster
 
-    def send_goaway(self, client_id: str, reason: str, url: str | None) -> bool:
-        if not super().send_goaway(client_id, reason, url):
+    def send_goaway(self, client_id: str, reason: str, destination: Destination | None) -> bool:
+        if not super().send_goaway(client_id, reason, destination):
             return False
-        del self.goaways[client_id]
+        _, _, url = self.goaways.pop(client_id)
         self.cluster.goaway_counts[client_id] += 1
         self.cluster.clock.callLater(RECONNECT_DELAY, self.cluster.arrive, client_id, str(url))
         return True

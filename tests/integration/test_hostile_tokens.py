@@ -1,4 +1,4 @@
-"""Guessed, foreign and misplaced tokens: all are refused."""
+"""Guessed, foreign and misplaced tokens and tickets: all are refused."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Monito
         yield {"tokens": tokens, "jwt": jwt}
 
 
-@pytest.mark.parametrize("attack", attacks.of("tokens", "jwts"), ids=lambda one: one.name)
+@pytest.mark.parametrize("attack", attacks.of("tokens", "jwts", "tickets"), ids=lambda one: one.name)
 def test_node_withstands(nodes: dict[str, MonitoredNode], attack: Attack) -> None:
     node = nodes[attack.node]
     assert_withstands(node, [attack])
     log = node.node.log.read_text()
-    # Those of the well-behaved and of the attackers; one that is signed begins so.
-    assert not [token for token in (*TOKENS.values(), BACKEND_TOKEN, "eyJ") if token in log]
+    # Those of the well-behaved and of the attackers; one that is signed, and a ticket, begin so.
+    assert not [token for token in (*TOKENS.values(), BACKEND_TOKEN, "eyJ", "v1.tokens.") if token in log]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.protocol.uri import WebSocketURI, make_connect_uri, parse_uri
+from gateway.protocol.uri import WebSocketURI, make_connect_uri, parse_uri, without_ticket
 
 
 class MakeConnectURITests(SynchronousTestCase):
@@ -73,6 +73,17 @@ class ResolveRedirectTests(SynchronousTestCase):
             "wss://b:9/p/v1/connect?client_id=x&wsgateway_hop=1"
         )
         self.assertEqual(target, WebSocketURI(True, "b", 9, "/p/v1/connect?client_id=x&wsgateway_hop=1"))
+
+    def test_ticket_is_for_the_request_alone(self) -> None:
+        target = parse_uri("ws://a/v1/connect?client_id=x").resolve_redirect(
+            "ws://b/v1/connect?client_id=x&wsgateway_hop=1&wsgateway_ticket=v1.secret"
+        )
+        self.assertTrue(target.resource.endswith("&wsgateway_ticket=v1.secret"))
+        self.assertEqual(target.loggable_url, "ws://b:80/v1/connect?client_id=x&wsgateway_hop=1")
+        self.assertNotIn("secret", repr(target))
+        self.assertIn("client_id=x", repr(target))
+        for url in ("wsgateway_ticket=secret&x=1", "ws://[?a&wsgateway_ticket=secret#x", "/?wsgateway_ticket=secret"):
+            self.assertNotIn("secret", without_ticket(f"/?{url}"))
 
     def test_relative(self) -> None:
         self.assertEqual(parse_uri("wss://a:9/v1/connect?x=1").resolve_redirect("/v2?y").url, "wss://a:9/v2?y")

@@ -41,6 +41,9 @@ class FakeAuthenticator:
             raise TokenRefusedError("this token is not known here")
         return Identity(client_id, UNTIL)
 
+    def restore_ticket(self, ticket: str) -> None:
+        raise AssertionError("no client connects")
+
 
 class TokenRenewalTests(DispatcherTestCase):
     def make(self) -> None:
