@@ -82,8 +82,8 @@ class HandshakeLimiter:
         """Forget a handshake that was refused, answered or lost."""
         self._postponed.pop(refuse, None)
 
-    def started(self) -> HandshakeTicket:
-        """Count an accepted connection, until its ticket is finished.
+    def started(self) -> HandshakeSlot:
+        """Count an accepted connection, until its slot is finished.
 
         Raises :class:`~gateway.protocol.errors.RequestRefusedError`, and does not count it, if there are too many.
         """
@@ -92,7 +92,7 @@ class HandshakeLimiter:
                 503, "openings", "too many opening handshakes in progress; try later", [retry_after_header(1)]
             )
         self.in_progress += 1
-        return HandshakeTicket(self)
+        return HandshakeSlot(self)
 
     def _add_to_network(self, host: str) -> str:
         network = network_key(host) if self._max_per_network < math.inf else ""
@@ -125,7 +125,7 @@ class HandshakeLimiter:
                 del self._per_network[network]
 
 
-class HandshakeTicket:
+class HandshakeSlot:
     """One opening handshake in progress, as counted by a :class:`HandshakeLimiter`."""
 
     __slots__ = ("_is_charged", "_is_finished", "_limiter", "_network")

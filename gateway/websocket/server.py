@@ -37,7 +37,7 @@ from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.timers import Timer, TimerWheel
 from gateway.websocket.connection import ConnectionPhase, ServerConnection
-from gateway.websocket.handshake_limiter import HandshakeLimiter, HandshakeTicket
+from gateway.websocket.handshake_limiter import HandshakeLimiter, HandshakeSlot
 from gateway.websocket.reassembly import ReassemblyBudget
 from gateway.websocket.slim_protocol import NullLogger
 
@@ -69,7 +69,7 @@ class ServerProtocol(ServerConnection):
     _request: HandshakeRequest | None = None
     #: bytes of ``data`` already searched for the end of the head
     _scanned = 0
-    _handshake_ticket: HandshakeTicket | None = None
+    _handshake_slot: HandshakeSlot | None = None
     #: why the request is refused, unless it is no opening handshake
     _postponed_refusal: RequestRefusedError | None = None
     #: more headers of the response to a request that was admitted; set by ``admit``
@@ -109,12 +109,12 @@ class ServerProtocol(ServerConnection):
                 set_no_delay(True)
         self._connectionMade()
         try:
-            self._handshake_ticket = ticket = self.factory.handshake_limiter.started()
+            self._handshake_slot = slot = self.factory.handshake_limiter.started()
             if not self.factory.behind_proxy:
-                self._identify_address(ticket)
+                self._identify_address(slot)
                 if ISSLTransport.providedBy(self.transport):
                     # The TLS handshake precedes the first bytes, and costs the most.
-                    ticket.charged()
+                    slot.charged()
         except RequestRefusedError as refusal:
             self._over_limit(refusal)
 
@@ -129,21 +129,21 @@ class ServerProtocol(ServerConnection):
         if self._postponed_refusal is not None:
             self.refuse(self._postponed_refusal)
 
-    def _identify_address(self, ticket: HandshakeTicket) -> None:
+    def _identify_address(self, slot: HandshakeSlot) -> None:
         peer = self.transport.getPeer()
         self.peer = self.address = format_address(peer)
-        ticket.identified(getattr(peer, "host", ""))
+        slot.identified(getattr(peer, "host", ""))
 
     def _first_data_received(self) -> None:
-        ticket = self._handshake_ticket
-        if ticket is None:
+        slot = self._handshake_slot
+        if slot is None:
             # There are too many handshakes in progress.
             return
         try:
             if self.factory.behind_proxy:
-                self._identify_address(ticket)
+                self._identify_address(slot)
             # Before the head is parsed, to limit guessing of tokens and clients that send a head slowly, too.
-            ticket.charged()
+            slot.charged()
         except RequestRefusedError as refusal:
             if self._postponed_refusal is None:
                 self._over_limit(refusal)
@@ -241,9 +241,9 @@ class ServerProtocol(ServerConnection):
         self.resume_reading()
 
     def _finish_handshake(self) -> None:
-        ticket, self._handshake_ticket = self._handshake_ticket, None
-        if ticket is not None:
-            ticket.finished()
+        slot, self._handshake_slot = self._handshake_slot, None
+        if slot is not None:
+            slot.finished()
         if self._postponed_refusal is not None:
             self._postponed_refusal = None
             self.factory.handshake_limiter.discard_postponed(self._refuse_postponed)

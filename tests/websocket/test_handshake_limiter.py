@@ -6,7 +6,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.protocol.errors import RequestRefusedError
-from gateway.websocket.handshake_limiter import HandshakeLimiter, HandshakeTicket
+from gateway.websocket.handshake_limiter import HandshakeLimiter, HandshakeSlot
 
 HOST = "192.0.2.1"
 
@@ -17,34 +17,34 @@ class HandshakeLimiterTest(SynchronousTestCase):
         self.clock.advance(1000)
         return HandshakeLimiter(self.clock.seconds, max_handshakes, per_address)
 
-    def identified(self, limiter: HandshakeLimiter, host: str) -> HandshakeTicket:
-        ticket = limiter.started()
-        ticket.identified(host)
-        return ticket
+    def identified(self, limiter: HandshakeLimiter, host: str) -> HandshakeSlot:
+        slot = limiter.started()
+        slot.identified(host)
+        return slot
 
     def assert_too_many(self, limiter: HandshakeLimiter, host: str) -> RequestRefusedError:
-        ticket = limiter.started()
-        refusal = self.assertRaises(RequestRefusedError, ticket.identified, host)
-        ticket.finished()
+        slot = limiter.started()
+        refusal = self.assertRaises(RequestRefusedError, slot.identified, host)
+        slot.finished()
         return refusal
 
     def test_limit_in_total(self) -> None:
         limiter = self.limiter(2)
-        tickets = [limiter.started(), limiter.started()]
+        slots = [limiter.started(), limiter.started()]
         refusal = self.assertRaises(RequestRefusedError, limiter.started)
         self.assertEqual((refusal.status, refusal.reason), (503, "openings"))
         self.assertEqual(limiter.in_progress, 2)
-        tickets[0].finished()
+        slots[0].finished()
         limiter.started()
 
     def test_limit_of_one_network(self) -> None:
         limiter = self.limiter(per_address=20)
-        tickets = [self.identified(limiter, HOST) for _ in range(100)]
+        slots = [self.identified(limiter, HOST) for _ in range(100)]
         refusal = self.assert_too_many(limiter, HOST)
         self.assertEqual((refusal.status, refusal.reason, refusal.headers), (503, "rate", (("Retry-After", "1"),)))
         for _ in range(100):
             self.identified(limiter, "192.0.2.2")
-        tickets.pop().finished()
+        slots.pop().finished()
         self.identified(limiter, HOST)
         self.assert_too_many(limiter, HOST)
 
@@ -64,15 +64,15 @@ class HandshakeLimiterTest(SynchronousTestCase):
 
     def test_no_limits_per_address(self) -> None:
         limiter = self.limiter(per_address=0)
-        for ticket in [self.identified(limiter, HOST) for _ in range(1000)]:
-            ticket.charged()
-            ticket.finished()
+        for slot in [self.identified(limiter, HOST) for _ in range(1000)]:
+            slot.charged()
+            slot.finished()
         self.assertEqual(limiter.in_progress, 0)
 
     def test_no_address(self) -> None:
         limiter = self.limiter(per_address=1)
-        for ticket in [self.identified(limiter, "") for _ in range(1000)]:
-            ticket.charged()
+        for slot in [self.identified(limiter, "") for _ in range(1000)]:
+            slot.charged()
 
     def test_rate_of_one_network(self) -> None:
         limiter = self.limiter(per_address=2)
@@ -86,16 +86,16 @@ class HandshakeLimiterTest(SynchronousTestCase):
 
     def test_charged_once(self) -> None:
         limiter = self.limiter(per_address=1)
-        ticket = self.identified(limiter, HOST)
+        slot = self.identified(limiter, HOST)
         for _ in range(3):
-            ticket.charged()
+            slot.charged()
         self.assertRaises(RequestRefusedError, self.identified(limiter, HOST).charged)
 
     def test_finished_once(self) -> None:
         limiter = self.limiter()
-        tickets = [self.identified(limiter, HOST), self.identified(limiter, HOST)]
+        slots = [self.identified(limiter, HOST), self.identified(limiter, HOST)]
         for _ in range(3):
-            tickets[0].finished()
+            slots[0].finished()
         self.assertEqual((limiter.in_progress, list(limiter._per_network.values())), (1, [1]))
 
     def test_drops_beyond_enough_refusals(self) -> None:
@@ -121,14 +121,14 @@ class HandshakeLimiterTest(SynchronousTestCase):
         limiter = self.limiter(2, 0)
         limiter.started()
         self.assertEqual([limiter.should_drop(HOST) for _ in range(60)], [False] * 60)
-        ticket = limiter.started()
+        slot = limiter.started()
         hosts = [f"192.0.2.{number}" for number in range(51)]
         self.assertEqual([limiter.should_drop(host) for host in hosts], [False] * 50 + [True])
-        ticket.finished()
+        slot.finished()
         self.assertFalse(limiter.should_drop(HOST))
 
     def test_nothing_is_kept(self) -> None:
         limiter = self.limiter()
-        for ticket in [self.identified(limiter, HOST) for _ in range(10)]:
-            ticket.finished()
+        for slot in [self.identified(limiter, HOST) for _ in range(10)]:
+            slot.finished()
         self.assertEqual((limiter.in_progress, limiter._per_network), (0, {}))
