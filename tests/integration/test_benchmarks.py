@@ -49,3 +49,11 @@ async def test_million_clients_benchmark_on_a_small_scale(tmp_path: Path) -> Non
     assert "60, of them 60 parked" in text
     assert "0 failed" in text
     assert lines
+
+
+@asynchronous
+async def test_answer_limit(tmp_path: Path) -> None:
+    text, lines = await results(tmp_path, "benchmarks.answer_limit", "--runs", "1", "--seconds", "0.2")
+    assert "--messages-per-client 200" in text
+    # The responses are not slowed to the limit.
+    assert lines[0]["at the default"] > 400
