@@ -1,4 +1,4 @@
-"""Calls per second to one client, one after the other, with the limit of messages per client at its default and without it, in turns.
+"""Calls per second to one client, one after the other, with the limit of messages per client and without it, in turns.
 
     python -m benchmarks.answer_limit
 
