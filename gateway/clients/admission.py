@@ -16,6 +16,7 @@ from functools import lru_cache
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 
 from gateway.clients.interface import ConnectRequest, IClientRouter, RouteDecision, Session
 from gateway.clients.table import SessionTable
@@ -41,6 +42,10 @@ MAX_REPLACEMENTS = 5
 REPLACEMENT_WINDOW = 60.0
 #: claims of one request, if the client moves meanwhile; the last one ignores the owner
 MAX_CLAIM_ATTEMPTS = 3
+#: time in which the connection of a client that is replaced too often must answer a ping, in seconds
+HOLDER_PING_TIMEOUT = 2.0
+#: interval at which the answer is looked for, in seconds
+HOLDER_POLL_INTERVAL = 0.1
 
 #: why the node is not ready -> message to the client, and the seconds of ``Retry-After``
 _UNREADY_MESSAGES = {
@@ -139,6 +144,8 @@ class Admission:
         :class:`~gateway.protocol.errors.RequestRefusedError`.
         """
         timeout = CLAIM_TIMEOUT
+        if request.client_id in self._table and self._replacements.wait_time(request.client_id, 1):
+            await self._drop_dead_connection(request.client_id)
         takeover_limit, honor_assignment = self._takeover_limit(request), self._honors_assignment(request)
         for attempts_left in reversed(range(MAX_CLAIM_ATTEMPTS)):
             if not self._has_room(request.client_id):
@@ -160,6 +167,22 @@ class Admission:
             if decision is not None:
                 return decision
         raise self._unready_error("registry")
+
+    async def _drop_dead_connection(self, client_id: str) -> None:
+        """Abort the connection of a client that was replaced too often, unless it answers a ping: one program on a bad
+        line must not be taken for two."""
+        session = self._table.get(client_id)
+        connection = None if session is None else session.connection
+        if connection is None:
+            return
+        received_at = connection.last_received_at
+        deadline = self._clock.seconds() + HOLDER_PING_TIMEOUT
+        connection.ping()
+        while self._clock.seconds() < deadline:
+            await deferLater(self._clock, HOLDER_POLL_INTERVAL)
+            if session is None or session.connection is not connection or connection.last_received_at != received_at:
+                return
+        connection.abort()
 
     def _takeover_limit(self, request: ConnectRequest) -> int | None:
         """Return up to which generation another node's claim may be taken over: 0 for none, ``None`` for any."""

@@ -14,7 +14,7 @@ from gateway.clients.interface import ConnectRequest, IClientRouter, IRelay, Rou
 from gateway.protocol.errors import RequestRefusedError
 from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError
 from gateway.registry.interface import Assignment, Location, SessionKey
-from tests.builders.frames import build_request
+from tests.builders.frames import build_frame, build_request
 from tests.fakes.clients import FakeClient, FakeNode
 
 
@@ -366,7 +366,12 @@ class SupersededTest(AdmissionTestCase):
             client = self.connect("client_id=a&wsgateway_hop=1")
             self.registry.grant()
             client.expect_open()
-        self.assertEqual(self.connect("client_id=a&wsgateway_hop=1").refusal()[:2], (429, "replaced"))
+        newer = self.connect("client_id=a&wsgateway_hop=1")
+        # The connection that would be replaced answers a ping.
+        self.node.advance(0.25)
+        client.send(build_frame(10, b""))
+        self.node.advance(0.25)
+        self.assertEqual(newer.refusal()[:2], (429, "replaced"))
 
 
 class AssignmentTest(AdmissionTestCase):

@@ -19,7 +19,7 @@ from gateway.registry.errors import (
     RegistryUnavailableError,
 )
 from gateway.registry.interface import SessionKey
-from tests.builders.frames import build_request, close_frame, text_frame
+from tests.builders.frames import build_frame, build_request, close_frame, text_frame
 from tests.fakes.clients import FakeNode
 
 
@@ -531,13 +531,34 @@ class ReplacementTest(SynchronousTestCase):
         self.assertEqual(refused, clients[6:])
         self.assertEqual(refused[0].refusal()[:2], (429, "replaced"))
 
+    def test_dead_connections_are_not_counted(self) -> None:
+        """One program on a bad line is not taken for two: its old connections do not answer."""
+        clients = [self.node.connect("a") for _ in range(6)]
+        for number in range(4):
+            client = self.node.dial()
+            client.send(build_request())
+            self.node.advance(2)
+            self.assertFalse(client.transport.value().startswith(b"HTTP/1.1 429"), number)
+            self.node.advance(0.5)
+            self.assertTrue(clients[-1].transport.aborted)
+            client.expect_open()
+            clients.append(client)
+        self.assertEqual(self.node.sessions.count(), 1)
+
     def test_too_often(self) -> None:
         """Two programs with one client_id would evict each other without end."""
         clients = [self.node.connect("a") for _ in range(6)]
         holder = clients[-1]
         self.node.registry.grants_at_once = False
-        self.node.advance(20)
-        status, word, headers = self.node.connect("a").refusal()
+        self.node.advance(19.5)
+        client = self.node.connect("a")
+        self.node.advance(0.25)
+        self.assertEqual(client.transport.value(), b"")
+        # The holder answers the ping.
+        self.assertIn((9, b""), holder.frames())
+        holder.send(build_frame(10, b""))
+        self.node.advance(0.25)
+        status, word, headers = client.refusal()
         self.assertEqual((status, word, headers["Retry-After"]), (429, "replaced", "40"))
         self.assertIsNone(holder.close_code())
         self.assertEqual(self.sessions.get("a").generation, 6)
