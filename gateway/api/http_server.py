@@ -49,12 +49,11 @@ from gateway.api.access import AccessPolicy
 from gateway.api.errors import BadRequestError
 from gateway.api.responses import Response, error_response, refusal_response, standard_headers
 from gateway.auth.backend_tokens import NO_GRANT, Grant
-from gateway.auth.interface import is_client_id
 from gateway.metrics import Metrics
+from gateway.protocol.client_id import CLIENT_ID_RULE, is_client_id, is_client_id_part
 from gateway.protocol.errors import RequestRefusedError
 from gateway.util.log import RateLimitedLogger
 
-_CLIENT_ID_PART = re.compile(r"[A-Za-z0-9._:@/+=-]{0,128}")
 _NODE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
@@ -69,8 +68,6 @@ BACKEND_PATH: Final = b"/v1/backend"
 RELAY_PATH: Final = b"/v1/relay"
 #: suffix of the path for calls to a client
 RPC_SUFFIX: Final = b"/rpc"
-
-CLIENT_ID_RULE = "a client_id is 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = - and neither . nor .."
 
 
 def percent_decode(raw: bytes) -> str:
@@ -89,7 +86,7 @@ def parse_client_id(raw: bytes) -> str:
     except ValueError:
         raise BadRequestError("client_id", "the client_id in the path is not percent-encoded UTF-8") from None
     if not is_client_id(text):
-        raise BadRequestError("client_id", f"the path has no valid client_id: {CLIENT_ID_RULE}")
+        raise BadRequestError("client_id", f"the path has no valid client_id: it is {CLIENT_ID_RULE}")
     return text
 
 
@@ -138,7 +135,7 @@ class Query:
     def get_client_id_part(self, name: str) -> str | None:
         """Return a client_id or a prefix of client_ids, possibly empty, or ``None``."""
         text = self.get(name)
-        if text is not None and not _CLIENT_ID_PART.fullmatch(text):
+        if text is not None and not is_client_id_part(text):
             raise BadRequestError(name, f"{name} is up to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
         return text
 

@@ -140,7 +140,8 @@ class CallTests(TestCase):
             ("acme%2Frobot", "acme/robot"),
             ("acme%2Frpc", "acme/rpc"),
             ("acme/rpc", "acme/rpc"),
-            ("%2Frpc", "/rpc"),
+            ("spiffe:%2F%2Facme%2Frobot", "spiffe://acme/robot"),
+            ("spiffe://acme/robot", "spiffe://acme/robot"),
             ("a+b=c@d:e", "a+b=c@d:e"),
             ("...", "..."),
             ("%61" * 128, "a" * 128),
@@ -150,7 +151,10 @@ class CallTests(TestCase):
             self.assertEqual(self.dispatcher.calls[-1][0], client_id)
 
     def test_bad_client_ids(self):
-        for raw in ("", ".", "..", "%2E%2e", "a" * 129, "a b".replace(" ", "%20"), "%", "%zz", "%ff", "a%00", "%252F"):
+        for raw in (
+            *("", ".", "..", "%2E%2e", "a" * 129, "a%20b", "%", "%zz", "%ff", "a%00", "%252F"),
+            *("%2Frpc", "a%2F%2Fb", "a//b", "a/../b", "a/%2e%2E/b", "./a", "a%2F", "/a", "spiffe:/a", "spiffe:%2Fa"),
+        ):
             response = self.post(CALL, f"/v1/clients/{raw}/rpc")
             self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600), raw)
             self.assertIn("client_id", response.json["error"]["data"]["detail"])
@@ -303,7 +307,7 @@ class SingleClientTests(TestCase):
 
     def test_bad_ids(self):
         for method in ("GET", "DELETE"):
-            for raw in ("", "%", "..", "a%20b", "a" * 129):
+            for raw in ("", "%", "..", "a%20b", "a" * 129, "a//b", "a/./b", "a%2F", "spiffe:/a"):
                 response = self.endpoint.request(method, f"/v1/clients/{raw}")
                 self.assertEqual((response.status, response.json["error"]), (400, "client_id"))
 

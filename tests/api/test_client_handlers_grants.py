@@ -22,7 +22,10 @@ ONLY_ACME = "this token is limited to client ids that begin with acme/"
 #: verb -> valid requests that need it: method, target and body
 REQUESTS_BY_VERB = {
     "call": [("POST", "/v1/clients/acme/r/rpc", CALL)],
-    "notify": [("POST", "/v1/clients/acme/r/rpc", NOTIFICATION), ("POST", "/v1/clients?prefix=acme/", NOTIFICATION)],
+    "notify": [
+        ("POST", "/v1/clients/acme/r/rpc", NOTIFICATION),
+        ("POST", "/v1/clients?prefix=acme/", NOTIFICATION),
+    ],
     "read": [
         ("GET", "/v1/clients", None),
         ("GET", "/v1/clients/acme/r", None),
@@ -237,12 +240,7 @@ class PrefixTests(GrantTestCase):
             "beta%2Fr",
             "beta%2fr",
             "%62eta/r",
-            "/acme/r",
-            "//acme/r",
-            "%2Facme/r",
-            "./acme/r",
-            "../v1/clients/acme/r",
-            "beta/../acme/r",
+            "beta/acme/r",
             "acme",
             "ACME/r",
             "acme%3Ar",
@@ -257,14 +255,14 @@ class PrefixTests(GrantTestCase):
         self.assert_nothing_done()
 
     def test_dot_segments_are_not_resolved(self):
-        """They are part of the client_id, which still has the allowed prefix."""
-        for raw in ("acme/../beta/r", "acme/%2e%2e/beta/r", "acme//beta/r", "acme/./r"):
-            self.assertEqual(self.request("GET", f"/v1/clients/{raw}").status, 404, raw)
-            self.assertEqual(self.request("POST", f"/v1/clients/{raw}/rpc", CALL).status, 200)
-        self.assertEqual(
-            [each[0] for each in self.dispatcher.calls],
-            ["acme/../beta/r", "acme/../beta/r", "acme//beta/r", "acme/./r"],
-        )
+        for raw in (
+            *("acme/../beta/r", "acme/%2e%2e/beta/r", "acme//beta/r", "acme/./r", "/acme/r", "//acme/r", "%2Facme/r"),
+            *("./acme/r", "../v1/clients/acme/r", "beta/../acme/r"),
+        ):
+            self.assertEqual(self.request("GET", f"/v1/clients/{raw}").status, 400, raw)
+            self.assertEqual(self.request("DELETE", f"/v1/clients/{raw}").status, 400, raw)
+            self.assertEqual(self.request("POST", f"/v1/clients/{raw}/rpc", CALL).status, 400, raw)
+        self.assert_nothing_done()
 
     def test_invalid_ids(self):
         for raw in ("acme%252Fr", "acme/%", "acme/%00", "acme/r%0d%0a", "acme/%ff", "acme/\xe9", ".."):
