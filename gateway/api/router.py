@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 
 from gateway.api.client_handlers import ClientHandlers
 from gateway.api.errors import BadRequestError
-from gateway.api.http_server import CLIENTS_PATH, RPC_SUFFIX, HTTPRequest
+from gateway.api.http_server import CLIENTS_PATH, RPC_PATH, RPC_SUFFIX, HTTPRequest
 from gateway.api.node_handlers import NodeHandlers
 from gateway.api.responses import Response, error_response
 from gateway.auth.errors import ForbiddenError
@@ -35,6 +35,8 @@ class Router:
         self._nodes = nodes
         self._routes: dict[bytes, HandlersByMethod] = {
             b"/v1/clients": {"GET": clients.list_clients, "POST": clients.notify_prefix},
+            b"/v1/client": {"GET": clients.get, "DELETE": clients.delete},
+            RPC_PATH: {"POST": clients.rpc},
             b"/v1/nodes": {"GET": nodes.list_nodes},
             b"/v1/rebalance": {"POST": nodes.rebalance},
             b"/v1/backend": {"GET": _upgrade_required},

@@ -21,15 +21,17 @@ ONLY_ACME = "this token is limited to client ids that begin with acme/"
 
 #: verb -> valid requests that need it: method, target and body
 REQUESTS_BY_VERB = {
-    "call": [("POST", "/v1/clients/acme/r/rpc", CALL)],
+    "call": [("POST", "/v1/clients/acme/r/rpc", CALL), ("POST", "/v1/rpc?client_id=acme/r", CALL)],
     "notify": [
         ("POST", "/v1/clients/acme/r/rpc", NOTIFICATION),
+        ("POST", "/v1/rpc?client_id=acme/r", NOTIFICATION),
         ("POST", "/v1/clients?prefix=acme/", NOTIFICATION),
     ],
     "read": [
         ("GET", "/v1/clients", None),
         ("GET", "/v1/clients/acme/r", None),
         ("HEAD", "/v1/clients/acme/r", None),
+        ("GET", "/v1/client?client_id=acme/r", None),
         ("GET", "/v1/nodes", None),
         ("GET", "/metrics", None),
     ],
@@ -119,7 +121,7 @@ class VerbTests(GrantTestCase):
     def test_without_tokens_everything_is_allowed(self):
         endpoint = EndpointHarness(rebalancer=FakeRebalancer())
         endpoint.sessions.add("acme/r")
-        endpoint.dispatcher.results.append(Reply(b"1", None))
+        endpoint.dispatcher.results.extend([Reply(b"1", None)] * 2)
         for each in (*ALL_REQUESTS, *UNLIMITED_REQUESTS):
             self.assertLess(endpoint.request(*each).status, 300, each)
 
@@ -262,6 +264,18 @@ class PrefixTests(GrantTestCase):
             self.assertEqual(self.request("GET", f"/v1/clients/{raw}").status, 400, raw)
             self.assertEqual(self.request("DELETE", f"/v1/clients/{raw}").status, 400, raw)
             self.assertEqual(self.request("POST", f"/v1/clients/{raw}/rpc", CALL).status, 400, raw)
+        self.assert_nothing_done()
+
+    def test_client_id_in_the_query(self):
+        for target in ("?client_id=beta/r", "?client_id=beta%2Fr", "?client_id=beta//r"):
+            if "//" not in target:
+                self.assert_forbidden(self.request("GET", "/v1/client" + target))
+                self.assert_forbidden(self.request("POST", "/v1/rpc" + target, CALL))
+            self.assert_forbidden(self.request("DELETE", "/v1/client" + target))
+        self.assert_nothing_done()
+        self.assertEqual(self.request("DELETE", "/v1/client?client_id=acme/r").status, 204)
+        self.limit("acme/", ("call", "read"))
+        self.assert_forbidden(self.request("DELETE", "/v1/client?client_id=acme/r"))
         self.assert_nothing_done()
 
     def test_invalid_ids(self):

@@ -40,6 +40,9 @@ class RoutingTableTests(TestCase):
             ("DELETE", "/v1/clients", {"GET", "HEAD", "POST"}),
             ("POST", "/v1/clients/x", {"GET", "HEAD", "DELETE"}),
             ("PUT", "/v1/clients/x/rpc", {"GET", "HEAD", "DELETE", "POST"}),
+            ("POST", "/v1/client?client_id=x", {"GET", "HEAD", "DELETE"}),
+            ("GET", "/v1/rpc?client_id=x", {"POST"}),
+            ("DELETE", "/v1/rpc?client_id=x", {"POST"}),
             ("GET", f"/v1/nodes/{NODE_ID}/drain", {"POST"}),
             ("OPTIONS", "/v1/nodes", {"GET", "HEAD"}),
             ("get", "/healthz", {"GET", "HEAD"}),
@@ -82,10 +85,10 @@ class PropertyTests(TestCase):
 
     @given(
         st.sampled_from(["GET", "POST", "DELETE", "HEAD", "PATCH"]),
-        st.sampled_from(["/v1/clients/", "/v1/clients", "/v1/nodes/", "/v1/", "/"]) | segment,
+        st.sampled_from(["/v1/clients/", "/v1/clients", "/v1/rpc", "/v1/client", "/v1/nodes/", "/v1/", "/"]) | segment,
         segment,
         st.sampled_from(["", "/rpc", "/drain", "/"]),
-        st.sampled_from(["", "?", "?timeout=", "?limit=", "?after=", "?prefix=", "?node="]),
+        st.sampled_from(["", "?", "?timeout=", "?limit=", "?after=", "?prefix=", "?node=", "?client_id="]),
         segment,
         st.binary(max_size=30)
         | any_json.map(msgspec.json.encode)
