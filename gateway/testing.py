@@ -42,6 +42,7 @@ from gateway.agent import Agent
 from gateway.agent.errors import AgentError, CallTimedOut, ConnectionLost, RpcFailed
 from gateway.agent.session import RPCSession
 from gateway.protocol import jsonrpc
+from gateway.protocol.client_id import is_client_id
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.protocol.uri import CONNECT_PATH
@@ -366,7 +367,7 @@ class MemoryGateway:
             return _Refusal(404, {}, "not_found")
         client_id = parse_qs(url.query).get("client_id", [""])[0]
         if self._tokens is None:
-            return client_id or _Refusal(400, {}, "client_id")
+            return client_id if is_client_id(client_id) else _Refusal(400, {}, "client_id")
         scheme, _, token = opening.headers.get("authorization", "").partition(" ")
         token_client_id = self._tokens.get(token) if scheme == "Bearer" else None
         if token_client_id is None:

@@ -44,6 +44,15 @@ class MemoryGatewayTests(SynchronousTestCase):
         self.assertEqual(gateway.clients, ["x"])
         self.assertEqual(gateway.openings[0].url, "wss://any.example:443/prefix/v1/connect?client_id=x")
 
+    def test_invalid_client_id(self) -> None:
+        url = "ws://gateway.test/v1/connect?client_id=a//b"
+        agent = Agent(url, reactor=self.gateway.clock, connect=self.gateway.endpoint)
+        agent.start()
+        self.gateway.flush()
+        self.assertEqual((agent.connected, self.gateway.clients), (False, []))
+        self.flushLoggedErrors()
+        self.assertRaises(ValueError, self.gateway.agent, "a//b")
+
     def test_call(self) -> None:
         self.start(methods={"echo": lambda params: params})
         self.start("demo-2", methods={"echo": lambda params: "two"})

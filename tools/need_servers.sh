@@ -1,6 +1,6 @@
 #!/bin/sh
-# Check that the programs that tests start are installed: servers (MariaDB, BIND's named, haproxy), a browser (Chromium),
-# and the programs that check deploy/ (systemd's, and curl). As root on Debian, install what is missing.
+# Check that the programs that tests start are installed: servers (MariaDB, BIND's named, haproxy, nginx, Apache), a browser
+# (Chromium), and the programs that check deploy/ (systemd's, and curl). As root on Debian, install what is missing.
 set -eu
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 
@@ -10,6 +10,8 @@ missing() {
         wanted="mariadb-server-core mariadb-client-core"
     command -v named >/dev/null || wanted="$wanted bind9"
     command -v haproxy >/dev/null || wanted="$wanted haproxy"
+    command -v nginx >/dev/null || wanted="$wanted nginx"
+    command -v apache2 >/dev/null || wanted="$wanted apache2-bin"
     { command -v systemd-analyze && command -v systemd-sysusers; } >/dev/null || wanted="$wanted systemd"
     command -v curl >/dev/null || wanted="$wanted curl"
     { command -v chromium-headless-shell || command -v chromium || command -v google-chrome; } >/dev/null ||
@@ -20,7 +22,7 @@ missing() {
 if missing && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     policy=/usr/sbin/policy-rc.d
     if [ ! -e $policy ]; then
-        # Keep the bind9 package from starting a name server for the whole machine.
+        # Keep the packages bind9, haproxy and nginx from starting servers for the whole machine.
         printf '#!/bin/sh\nexit 101\n' >$policy
         chmod 755 $policy
         trap 'rm -f $policy' EXIT

@@ -8,6 +8,7 @@
     <- 202 {"nodes":{"<node_id>":12,"<node_id>":7},"failed":{"<node_id>":"why"}}     "failed" only if a node failed
     -> GET /v1/clients/x                                                             <- 200 {"client_id":"x",…}
     -> DELETE /v1/clients/x                                                          <- 204
+    -> POST /v1/rpc?client_id=x, GET and DELETE /v1/client?client_id=x               the same, with the id in the query
     -> GET /v1/clients?after=w&limit=1                                               <- 200 {"clients":[…],"next":"x"}
 
 The timeout of a call is given in seconds, by the query parameter ``timeout`` or the header ``Request-Timeout``; the
@@ -46,6 +47,7 @@ from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.interface import INode, IPeerClient
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
+from gateway.protocol.client_id import is_client_id
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.registry.interface import IRegistry
 from gateway.rpc.interface import IDispatcher
@@ -94,30 +96,35 @@ class ClientHandlers:
 
     # One client.
 
-    async def get(self, request: HTTPRequest, raw_id: bytes) -> Response:
-        """Handle ``GET /v1/clients/{client_id}``."""
-        client_id = http_server.parse_client_id(raw_id)
+    # ``raw_id`` is from the path. ``None``: the client_id is in the query.
+
+    async def get(self, request: HTTPRequest, raw_id: bytes | None = None) -> Response:
+        """Handle ``GET /v1/clients/{client_id}`` and ``GET /v1/client?client_id=``."""
+        client_id = _client_id(request, raw_id)
         request.grant.check("read", client_id)
         client = await self._directory.find(client_id)
         return _not_connected() if client is None else json_response(200, client)
 
-    async def delete(self, request: HTTPRequest, raw_id: bytes) -> Response:
-        """Handle ``DELETE /v1/clients/{client_id}``."""
-        client_id = http_server.parse_client_id(raw_id)
+    async def delete(self, request: HTTPRequest, raw_id: bytes | None = None) -> Response:
+        """Handle ``DELETE /v1/clients/{client_id}`` and ``DELETE /v1/client?client_id=``. Only the latter reaches a
+        client of an earlier release whose id is none any more: a proxy may change a path into that of another client.
+        """
+        client_id = request.query.get_client_id(or_former=True) if raw_id is None else _client_id(request, raw_id)
         request.grant.check("disconnect", client_id)
+        disconnect = self._directory.disconnect if is_client_id(client_id) else self._directory.disconnect_former
         try:
-            disconnected = await self._directory.disconnect(client_id)
+            disconnected = await disconnect(client_id)
         except RemoteNodeError as e:
             return error_response(503, "node", str(e))
         return Response(204) if disconnected else _not_connected()
 
-    async def rpc(self, request: HTTPRequest, raw_id: bytes) -> Response:
-        """Handle ``POST /v1/clients/{client_id}/rpc``."""
+    async def rpc(self, request: HTTPRequest, raw_id: bytes | None = None) -> Response:
+        """Handle ``POST /v1/clients/{client_id}/rpc`` and ``POST /v1/rpc?client_id=``."""
         message = jsonrpc.decode(request.body())
         id = _NULL if isinstance(message, (list, jsonrpc.Notification)) else message.id
         client_id = None
         try:
-            client_id = http_server.parse_client_id(raw_id)
+            client_id = _client_id(request, raw_id)
             target = _Target(client_id, _timeout(request), request.grant)
             if isinstance(message, list):
                 return await self._handle_batch(target, message)
@@ -231,12 +238,17 @@ def body_too_large(limit: int) -> Callable[[HTTPRequest], Response]:
     """Return a handler that answers a request with a body of more than ``limit`` bytes, before the body is read."""
 
     def respond(request: HTTPRequest) -> Response:
-        client_id = http_server.rpc_client_id(request.raw_path)
+        client_id = http_server.rpc_client_id(request.uri)
         return rpc_error_response(
             RpcError(ErrorKind.TOO_LARGE, client_id, detail=f"the limit of a body is {limit} bytes")
         )
 
     return respond
+
+
+def _client_id(request: HTTPRequest, raw_id: bytes | None) -> str:
+    """Return the client_id of the path, or that of the query if there is none in the path."""
+    return request.query.get_client_id() if raw_id is None else http_server.parse_client_id(raw_id)
 
 
 def _timeout(request: HTTPRequest) -> float | None:

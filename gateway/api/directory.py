@@ -127,6 +127,14 @@ class ClientDirectory:
                 return True
         return disconnected
 
+    async def disconnect_former(self, client_id: str) -> bool:
+        """Disconnect a client whose id is none any more, as :meth:`disconnect` does. Returns also ``True`` if there was
+        only a row, which is gone then."""
+        had_row = await self._registry.find(client_id) is not None
+        if await self.disconnect(client_id):
+            return True
+        return had_row and await self._registry.find(client_id) is None
+
     async def _disconnect_local(self, client_id: str) -> bool:
         claim = self._sessions.claim_in_progress(client_id)
         if claim is not None:

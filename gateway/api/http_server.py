@@ -20,6 +20,7 @@ Paths and queries are parsed from raw bytes:
 
     /v1/clients/acme%2Frobot/rpc?timeout=2.5     the client acme/robot, and 2.5 seconds
     /v1/clients/acme/robot/rpc                   the same client: a slash in a client_id may be encoded or not
+    /v1/rpc?client_id=acme%2Frobot               the same client, at a path that no proxy changes
 
 A path is split before it is percent-decoded, and decoded once. In a query ``+`` is a plus sign: client_ids may contain
 one, but never a space. A parameter may be given once, however its name is encoded.
@@ -49,12 +50,11 @@ from gateway.api.access import AccessPolicy
 from gateway.api.errors import BadRequestError
 from gateway.api.responses import Response, error_response, refusal_response, standard_headers
 from gateway.auth.backend_tokens import NO_GRANT, Grant
-from gateway.auth.interface import is_client_id
 from gateway.metrics import Metrics
+from gateway.protocol.client_id import CLIENT_ID_RULE, is_client_id, is_client_id_part, is_former_client_id
 from gateway.protocol.errors import RequestRefusedError
 from gateway.util.log import RateLimitedLogger
 
-_CLIENT_ID_PART = re.compile(r"[A-Za-z0-9._:@/+=-]{0,128}")
 _NODE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
@@ -69,8 +69,8 @@ BACKEND_PATH: Final = b"/v1/backend"
 RELAY_PATH: Final = b"/v1/relay"
 #: suffix of the path for calls to a client
 RPC_SUFFIX: Final = b"/rpc"
-
-CLIENT_ID_RULE = "a client_id is 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = - and neither . nor .."
+#: path for calls to the client of the query
+RPC_PATH: Final = b"/v1/rpc"
 
 
 def percent_decode(raw: bytes) -> str:
@@ -89,18 +89,19 @@ def parse_client_id(raw: bytes) -> str:
     except ValueError:
         raise BadRequestError("client_id", "the client_id in the path is not percent-encoded UTF-8") from None
     if not is_client_id(text):
-        raise BadRequestError("client_id", f"the path has no valid client_id: {CLIENT_ID_RULE}")
+        raise BadRequestError("client_id", f"the path has no valid client_id: it is {CLIENT_ID_RULE}")
     return text
 
 
-def rpc_client_id(path: bytes) -> str | None:
-    """Return the client_id of a path for calls; ``None`` for any other path."""
-    if not (path.startswith(CLIENTS_PATH) and path.endswith(RPC_SUFFIX)):
-        return None
-    try:
-        return parse_client_id(path[len(CLIENTS_PATH) : -len(RPC_SUFFIX)])
-    except BadRequestError:
-        return None
+def rpc_client_id(target: bytes) -> str | None:
+    """Return the client_id of a request target for calls; ``None`` for any other target."""
+    path, _, query = target.partition(b"?")
+    with contextlib.suppress(BadRequestError):
+        if path == RPC_PATH:
+            return Query(query).get_client_id()
+        if path.startswith(CLIENTS_PATH) and path.endswith(RPC_SUFFIX):
+            return parse_client_id(path[len(CLIENTS_PATH) : -len(RPC_SUFFIX)])
+    return None
 
 
 def upgrade_path(head: bytes) -> bytes:
@@ -135,10 +136,20 @@ class Query:
         except ValueError:
             raise BadRequestError(name, f"{name} is not percent-encoded UTF-8") from None
 
+    def get_client_id(self, *, or_former: bool = False) -> str:
+        """Return the parameter ``client_id``, which must be given. With ``or_former`` it may be one of those that are
+        none any more: the registry may have rows of them."""
+        text = self.get("client_id")
+        if text is None:
+            raise BadRequestError("client_id", "name the client in the query: ?client_id=…, percent-encoded")
+        if not is_client_id(text) and not (or_former and is_former_client_id(text)):
+            raise BadRequestError("client_id", f"the query has no valid client_id: it is {CLIENT_ID_RULE}")
+        return text
+
     def get_client_id_part(self, name: str) -> str | None:
         """Return a client_id or a prefix of client_ids, possibly empty, or ``None``."""
         text = self.get(name)
-        if text is not None and not _CLIENT_ID_PART.fullmatch(text):
+        if text is not None and not is_client_id_part(text):
             raise BadRequestError(name, f"{name} is up to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
         return text
 

@@ -21,11 +21,10 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 from twisted.internet.defer import Deferred
 
 from gateway.api.directory import ClientDirectory
-from gateway.api.http_server import CLIENT_ID_RULE
 from gateway.api.responses import require
 from gateway.api.upstream import EVENT_KINDS, BackendDispatcher, IBackendConnection
 from gateway.auth.backend_tokens import REVOKED_MESSAGE
-from gateway.auth.interface import is_client_id
+from gateway.protocol.client_id import CLIENT_ID_RULE, is_client_id
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import (
     BACKSLASH,
@@ -246,7 +245,7 @@ def check_client_id(client_id: str) -> str:
     """Check and return a client_id. Raises ``RpcError`` if it is invalid."""
     if is_client_id(client_id):
         return client_id
-    raise RpcError(ErrorKind.INVALID_PARAMS, detail=f"client: {CLIENT_ID_RULE}")
+    raise RpcError(ErrorKind.INVALID_PARAMS, detail=f"client: a client_id is {CLIENT_ID_RULE}")
 
 
 def raw_params(params: Raw | UnsetType, client_id: str | None) -> bytes | None:

@@ -77,6 +77,7 @@ from gateway.cluster.features import FEATURES_HEADER, Feature, decode_features, 
 from gateway.cluster.interface import INode, IRebalancer
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
+from gateway.protocol.client_id import is_former_client_id
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
@@ -337,7 +338,9 @@ class PeerMethods(MethodTable[IPeerConnection]):
 
     def _peer_close(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         request = decode_params(_decode_close, params)
-        check_client_id(request.client)
+        # An operator may remove the rows of clients whose ids are none any more.
+        if not is_former_client_id(request.client):
+            check_client_id(request.client)
         return Deferred.fromCoroutine(self._close(request))
 
     async def _close(self, request: _CloseParams) -> Reply:

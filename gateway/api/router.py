@@ -5,6 +5,7 @@ Paths are compared as received, percent-encoded, since a client_id may contain a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeAlias
 
@@ -12,11 +13,11 @@ from twisted.internet.defer import Deferred
 
 from gateway.api.client_handlers import ClientHandlers
 from gateway.api.errors import BadRequestError
-from gateway.api.http_server import CLIENTS_PATH, RPC_SUFFIX, HTTPRequest
+from gateway.api.http_server import CLIENTS_PATH, RPC_PATH, RPC_SUFFIX, HTTPRequest
 from gateway.api.node_handlers import NodeHandlers
 from gateway.api.responses import Response, error_response
 from gateway.auth.errors import ForbiddenError
-from gateway.protocol.handshake import retry_after_header
+from gateway.protocol.handshake import retry_after_header, safe_repr
 from gateway.registry.errors import LivenessUnknownError, RegistryUnavailableError
 
 Handler: TypeAlias = Callable[[HTTPRequest], Coroutine[Deferred[Any], Any, Response]]
@@ -35,6 +36,8 @@ class Router:
         self._nodes = nodes
         self._routes: dict[bytes, HandlersByMethod] = {
             b"/v1/clients": {"GET": clients.list_clients, "POST": clients.notify_prefix},
+            b"/v1/client": {"GET": clients.get, "DELETE": clients.delete},
+            RPC_PATH: {"POST": clients.rpc},
             b"/v1/nodes": {"GET": nodes.list_nodes},
             b"/v1/rebalance": {"POST": nodes.rebalance},
             b"/v1/backend": {"GET": _upgrade_required},
@@ -45,9 +48,10 @@ class Router:
 
     async def handle(self, request: HTTPRequest) -> Response:
         """Return the response to a request. The errors that a handler may raise become error responses."""
-        methods = self._find_handlers(request.raw_path)
+        path = request.raw_path
+        methods = self._find_handlers(path)
         if methods is None:
-            return error_response(404, "path", "this path does not exist")
+            return error_response(404, "path", _not_found_message(path))
         method = request.method.decode("latin-1")
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is None:
@@ -71,11 +75,17 @@ class Router:
             return handlers
         if path.startswith(CLIENTS_PATH):
             rest = path[len(CLIENTS_PATH) :]
-            # A client_id may end in /rpc too; only in a POST is it the last segment.
-            methods = {"GET": _bind_id(self._clients.get, rest), "DELETE": _bind_id(self._clients.delete, rest)}
-            if rest.endswith(RPC_SUFFIX):
-                methods["POST"] = _bind_id(self._clients.rpc, rest[: -len(RPC_SUFFIX)])
-            return methods
+            if rest.endswith(b"/"):
+                return None
+            get, delete = _bind_id(self._clients.get, rest), _bind_id(self._clients.delete, rest)
+            if not rest.endswith(RPC_SUFFIX):
+                return {"GET": get, "DELETE": delete}
+            # A client_id may end in /rpc too; only in a POST is that no part of it.
+            return {
+                "GET": _or_calls_only(get),
+                "DELETE": _or_calls_only(delete),
+                "POST": _bind_id(self._clients.rpc, rest[: -len(RPC_SUFFIX)]),
+            }
         if path.startswith(_NODES_PATH) and path.endswith(_DRAIN_SUFFIX):
             return {"POST": _bind_id(self._nodes.drain, path[len(_NODES_PATH) : -len(_DRAIN_SUFFIX)])}
         return None
@@ -83,6 +93,27 @@ class Router:
 
 def _bind_id(handler: ItemHandler, raw_id: bytes) -> Handler:
     return lambda request: handler(request, raw_id)
+
+
+def _or_calls_only(handler: Handler) -> Handler:
+    """Wrap a handler of a path for calls: unless its client exists, the request was meant for the one without /rpc."""
+
+    async def handle(request: HTTPRequest) -> Response:
+        with contextlib.suppress(BadRequestError):
+            response = await handler(request)
+            if response.status != 404:
+                return response
+        client = safe_repr(request.raw_path[: -len(RPC_SUFFIX)].decode("latin-1"))
+        message = f"this path takes calls, by POST; the client itself is at {client}"
+        return error_response(405, "method", message, ("Allow", "POST"))
+
+    return handle
+
+
+def _not_found_message(path: bytes) -> str:
+    if path.startswith(CLIENTS_PATH) and path.endswith(b"/"):
+        return f"a path does not end in /; use {safe_repr(path.rstrip(b'/').decode('latin-1'))}"
+    return "this path does not exist"
 
 
 async def _upgrade_required(request: HTTPRequest) -> Response:

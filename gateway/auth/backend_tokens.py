@@ -28,8 +28,9 @@ from weakref import WeakValueDictionary
 import attrs
 
 from gateway.auth.errors import ForbiddenError
-from gateway.auth.files import numbered_lines, parse_sha256, warn_if_world_readable
-from gateway.auth.interface import MAX_TOKEN_LENGTH, is_client_id
+from gateway.auth.files import UselessLines, numbered_lines, parse_sha256, warn_if_world_readable
+from gateway.auth.interface import MAX_TOKEN_LENGTH
+from gateway.protocol.client_id import is_client_id_part, is_client_id_prefix
 from gateway.settings import ConfigError
 
 VERBS: Final = ("call", "notify", "read", "disconnect", "serve")
@@ -139,6 +140,7 @@ class BackendTokens:
         found: dict[bytes, Limits] = {}
         numbers: dict[bytes, int] = {}
         plain = False
+        useless = UselessLines(_OPTION, self._path)
         for number, line in numbered_lines(_OPTION, self._path, MAX_FILE_SIZE):
             place = f"{self._path} line {number}"
             token, *fields = _BLANKS.split(line)
@@ -146,11 +148,14 @@ class BackendTokens:
             if found.setdefault(digest, limits) != limits:
                 raise ConfigError(_OPTION, f"{place}: the token of line {numbers[digest]} has other limits here")
             numbers.setdefault(digest, number)
+            if not is_client_id_prefix(limits[0]):
+                useless.add(number, f"prefix={limits[0]}")
             plain = plain or not token.startswith(_HASH_PREFIX)
         if not found:
             raise ConfigError(_OPTION, f"{self._path} has no token; write one a line")
         if plain:
             warn_if_world_readable(_OPTION, self._path)
+        useless.warn("no client_id begins so")
         return found
 
 
@@ -185,8 +190,8 @@ def _parse_limits(fields: list[str], place: str) -> Limits:
             raise ConfigError(_OPTION, f"{place}: {match[1]}= is given twice")
         values[match[1]] = match[2]
     prefix = values.get("prefix")
-    # A client_id may not be "." or "..", but may begin with these.
-    if prefix is not None and not is_client_id(prefix) and prefix not in (".", ".."):
+    # Not every prefix of a client_id is one: acme/ is none.
+    if prefix is not None and not (prefix and is_client_id_part(prefix)):
         raise ConfigError(
             _OPTION, f"{place}: prefix= is how client ids begin: 1 to 128 of A-Z a-z 0-9 . _ : @ / + = -, such as acme/"
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from cryptography.x509 import DNSName, SubjectAlternativeName, UniformResourceIdentifier, load_der_x509_certificate
 
 from gateway.auth.errors import TokenRefusedError
-from gateway.auth.interface import AuthMethod, Identity, is_client_id
+from gateway.auth.interface import AuthMethod, Identity
+from gateway.protocol.client_id import is_client_id
 
 
 def certificate_identity(der: bytes) -> Identity:

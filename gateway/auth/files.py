@@ -13,6 +13,9 @@ from twisted.logger import Logger
 from gateway.settings import ConfigError
 from gateway.util.files import FileError, read_bounded
 
+#: lines that one warning names
+MAX_NAMED_LINES = 10
+
 _log = Logger()
 
 _COMMENT = re.compile(r"(^|\s)#.*")
@@ -49,6 +52,37 @@ def read_bytes(option: str, path: str, max_size: int) -> bytes:
         return read_bounded(path, max_size)
     except FileError as e:
         raise ConfigError(option, str(e)) from None
+
+
+class UselessLines:
+    """Lines of a file that are valid, but have no effect. ``option`` and ``source`` are named in the log."""
+
+    def __init__(self, option: str, source: str) -> None:
+        self._option = option
+        self._source = source
+        self._named: list[str] = []
+        self._count = 0
+
+    def add(self, number: int, text: str) -> None:
+        """Remember the number of a line, and the text that is to blame."""
+        self._count += 1
+        if self._count <= MAX_NAMED_LINES:
+            self._named.append(f"{number} ({text})")
+
+    def warn(self, reason: str) -> None:
+        """Log one warning that names the lines, or the first ones, if there are any."""
+        if not self._count:
+            return
+        more = self._count - len(self._named)
+        _log.warn(
+            "--{option}: {source}: {count} without effect: line {lines}{more}: {reason}",
+            option=self._option,
+            source=self._source,
+            count="1 line is" if self._count == 1 else f"{self._count} lines are",
+            lines=", ".join(self._named),
+            more=f" and {more} more" if more else "",
+            reason=reason,
+        )
 
 
 def warn_if_world_readable(option: str, path: str) -> None:

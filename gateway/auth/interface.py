@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Callable
 
 import attrs
@@ -12,14 +11,6 @@ from zope.interface import Interface
 
 #: characters of a token; a longer one is refused without being decoded
 MAX_TOKEN_LENGTH = 2**13
-
-_CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-
-
-def is_client_id(text: str) -> bool:
-    """Whether a text is a valid client_id: 1 to 128 of ``A-Z a-z 0-9 . _ : @ / + = -``, but neither ``.`` nor ``..``
-    (which would be removed from the path of a URL)."""
-    return _CLIENT_ID.fullmatch(text) is not None and text not in (".", "..")
 
 
 class AuthMethod(enum.IntEnum):

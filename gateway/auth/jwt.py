@@ -25,8 +25,9 @@ from zope.interface import implementer
 from gateway.auth.algorithms import EDDSA_ALGORITHMS, HMAC_ALGORITHMS
 from gateway.auth.errors import SignatureError, VerificationError
 from gateway.auth.files import warn_if_world_readable
-from gateway.auth.interface import MAX_TOKEN_LENGTH, AuthMethod, Identity, ITokenVerifier, is_client_id
+from gateway.auth.interface import MAX_TOKEN_LENGTH, AuthMethod, Identity, ITokenVerifier
 from gateway.auth.keys import VerificationKey, read_key_file
+from gateway.protocol.client_id import is_client_id
 
 #: seconds by which the clock of an issuer may be ahead
 LEEWAY = 30.0

@@ -17,8 +17,9 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from gateway.auth.errors import VerificationError
-from gateway.auth.files import numbered_lines, parse_sha256
-from gateway.auth.interface import AuthMethod, Identity, ITokenVerifier, is_client_id
+from gateway.auth.files import UselessLines, numbered_lines, parse_sha256
+from gateway.auth.interface import AuthMethod, Identity, ITokenVerifier
+from gateway.protocol.client_id import CLIENT_ID_RULE, is_client_id, is_former_client_id
 from gateway.settings import ConfigError
 
 #: bytes
@@ -49,18 +50,26 @@ class TokenFile:
 
     def reload(self) -> None:
         """Read the file again. Raises ``ConfigError``, and keeps the old tokens, if it is not valid, or has no token,
-        since it may be in the middle of being rewritten."""
+        since it may be in the middle of being rewritten.
+
+        Lines whose client_id is none any more are left out, and named in the log: the file of an earlier release must
+        not keep a node from starting.
+        """
         clients: dict[bytes, tuple[bytes, str]] = {}
+        former = UselessLines("auth", f"tokens:{self._path}")
         for number, line in numbered_lines("auth", self._path, MAX_FILE_SIZE):
             place = f"tokens:{self._path} line {number}"
             fields = _SEPARATOR.split(line)
             if len(fields) != 2:
                 raise ConfigError("auth", f"{place}: write a client_id and the SHA-256 of its token, nothing else")
             client_id, digest = fields[0], parse_sha256(fields[1])
-            if not is_client_id(client_id):
-                raise ConfigError("auth", f"{place}: {client_id!a} is no client_id (1 to 128 of A-Z a-z 0-9 ._:@/+=-)")
+            if not is_client_id(client_id) and not is_former_client_id(client_id):
+                raise ConfigError("auth", f"{place}: {client_id!a} is no client_id: {CLIENT_ID_RULE}")
             if digest is None:
                 raise ConfigError("auth", f"{place}: the SHA-256 of the token is not 64 hexadecimal digits")
+            if is_former_client_id(client_id):
+                former.add(number, client_id)
+                continue
             if clients.setdefault(digest, (digest, client_id))[1] != client_id:
                 other = clients[digest][1]
                 raise ConfigError("auth", f"{place}: {client_id} has the same token as {other}; give it its own")
@@ -68,6 +77,7 @@ class TokenFile:
             problem = f"tokens:{self._path} has no token; to revoke all, leave a line whose token no client has"
             raise ConfigError("auth", problem)
         self._client_ids = clients
+        former.warn(f"these are no client_ids any more, and their tokens are refused; a client_id is {CLIENT_ID_RULE}")
 
     def verify(self, token: str) -> Identity:
         """Return the identity of a token, which never expires. Raises :class:`VerificationError` if no line has it."""

@@ -59,7 +59,6 @@ from gateway.auth.interface import (
     Credentials,
     IAuthenticator,
     Identity,
-    is_client_id,
     no_certificate,
 )
 from gateway.auth.origin import AllowedOrigins, OwnOrigins, suggest_pattern
@@ -70,6 +69,7 @@ from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.net.tls import verified_certificate
 from gateway.net.transport import adopt_socket
+from gateway.protocol.client_id import CLIENT_ID_RULE, is_client_id
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import HandshakeRequest, retry_after_header, safe_repr
 from gateway.protocol.jsonrpc import SUBPROTOCOL
@@ -117,7 +117,7 @@ def parse_client_id(query: str) -> str | None:
         raise RequestRefusedError(
             400,
             "client_id",
-            f"{safe_repr(client_id)} is not a client_id: 1 to 128 of A-Z a-z 0-9 . _ : @ / + = - and neither . nor ..",
+            f"{safe_repr(client_id)} is not a client_id: {CLIENT_ID_RULE}",
         )
     return client_id
 

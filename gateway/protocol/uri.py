@@ -11,12 +11,13 @@ from urllib.parse import parse_qs, quote, urljoin, urlsplit
 
 import attrs
 
+from gateway.protocol.client_id import CLIENT_ID_RULE, is_client_id
+
 #: the path of the opening handshake, after the prefix
 CONNECT_PATH = "/v1/connect"
 #: query parameter of a credential that is in no log line and no repr; in the URIs that a gateway hands out
 TICKET_PARAMETER = "wsgateway_ticket"
 
-_CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _TICKET = re.compile(rf"[?&]{TICKET_PARAMETER}=[^&#]*")
 _VISIBLE_ASCII = re.compile(r"[!-~]+")
 _DEFAULT_PORTS = {"ws": 80, "wss": 443}
@@ -89,8 +90,8 @@ def parse_uri(url: str) -> WebSocketURI:
 
 def check_client_id(client_id: str) -> None:
     """Raise ``ValueError`` if this is not a client_id."""
-    if not _CLIENT_ID.fullmatch(client_id) or client_id in (".", ".."):
-        raise ValueError(f"client_id {client_id!r} is not 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
+    if not is_client_id(client_id):
+        raise ValueError(f"client_id {client_id!r} is not {CLIENT_ID_RULE}")
 
 
 def make_connect_uri(url: str, client_id: str | None) -> WebSocketURI:

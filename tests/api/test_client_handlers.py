@@ -140,7 +140,8 @@ class CallTests(TestCase):
             ("acme%2Frobot", "acme/robot"),
             ("acme%2Frpc", "acme/rpc"),
             ("acme/rpc", "acme/rpc"),
-            ("%2Frpc", "/rpc"),
+            ("spiffe:%2F%2Facme%2Frobot", "spiffe://acme/robot"),
+            ("spiffe://acme/robot", "spiffe://acme/robot"),
             ("a+b=c@d:e", "a+b=c@d:e"),
             ("...", "..."),
             ("%61" * 128, "a" * 128),
@@ -150,7 +151,10 @@ class CallTests(TestCase):
             self.assertEqual(self.dispatcher.calls[-1][0], client_id)
 
     def test_bad_client_ids(self):
-        for raw in ("", ".", "..", "%2E%2e", "a" * 129, "a b".replace(" ", "%20"), "%", "%zz", "%ff", "a%00", "%252F"):
+        for raw in (
+            *("", ".", "..", "%2E%2e", "a" * 129, "a%20b", "%", "%zz", "%ff", "a%00", "%252F"),
+            *("%2Frpc", "a%2F%2Fb", "a//b", "a/../b", "a/%2e%2E/b", "./a", "a%2F", "/a", "spiffe:/a", "spiffe:%2Fa"),
+        ):
             response = self.post(CALL, f"/v1/clients/{raw}/rpc")
             self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600), raw)
             self.assertIn("client_id", response.json["error"]["data"]["detail"])
@@ -303,9 +307,100 @@ class SingleClientTests(TestCase):
 
     def test_bad_ids(self):
         for method in ("GET", "DELETE"):
-            for raw in ("", "%", "..", "a%20b", "a" * 129):
+            for raw in ("", "%", "..", "a%20b", "a" * 129, "a//b", "a/./b", "a%2F", "spiffe:/a"):
                 response = self.endpoint.request(method, f"/v1/clients/{raw}")
                 self.assertEqual((response.status, response.json["error"]), (400, "client_id"))
+
+
+class QueryFormTests(TestCase):
+    """POST /v1/rpc?client_id=, GET and DELETE /v1/client?client_id=."""
+
+    def setUp(self):
+        self.endpoint = EndpointHarness(max_message_size=1024)
+        self.dispatcher = self.endpoint.dispatcher
+
+    def both(self, method, query, *args):
+        """Send a request in the form with a path, and in the form with a query; return the response that both get."""
+        (path_id, *parameters), (path, at) = (
+            query.split("&"),
+            {
+                "POST": ("/v1/clients/{}/rpc", "/v1/rpc"),
+                "GET": ("/v1/clients/{}", "/v1/client"),
+                "DELETE": ("/v1/clients/{}", "/v1/client"),
+            }[method],
+        )
+        more = "&".join(parameters)
+        received = []
+        for target in (path.format(path_id) + f"?{more}", f"{at}?{more}&client_id={path_id}"):
+            received.append(self.endpoint.request(method, target, *args))
+        with_path, with_query = received
+        self.assertEqual((with_path.status, with_path.body), (with_query.status, with_query.body))
+        self.assertEqual(with_path.headers, with_query.headers)
+        return with_query
+
+    def test_calls(self):
+        self.dispatcher.results.extend([Reply(b"1", None)] * 2)
+        self.assertEqual(self.both("POST", "acme%2Fa+b&timeout=4", CALL).json["result"], 1)
+        self.assertEqual(self.dispatcher.calls, [("acme/a+b", "disk.usage", b'{"path":"/"}', 4.0)] * 2)
+        for kind in (ErrorKind.NOT_CONNECTED, ErrorKind.TOO_MANY_CALLS):
+            self.dispatcher.results.extend([rpc_error(kind)] * 2)
+            self.assertEqual(self.both("POST", "x", CALL).json["error"]["code"], kind.value.code)
+
+    def test_timeout_header(self):
+        self.dispatcher.results.extend([Reply(b"1", None)] * 2)
+        self.both("POST", "x", CALL, (("Request-Timeout", "7"),))
+        self.assertEqual([each[3] for each in self.dispatcher.calls], [7.0, 7.0])
+        self.assertIn("timeout", self.both("POST", "x&timeout=0", CALL).json["error"]["data"]["detail"])
+
+    def test_notifications_and_batches(self):
+        self.assertEqual(self.both("POST", "x", NOTIFICATION).status, 202)
+        self.assertEqual(self.both("POST", "x", b"[%b,%b]" % (NOTIFICATION, NOTIFICATION)).status, 202)
+        self.assertEqual(self.dispatcher.notifications, [("x", "policy.changed", b"[3]")] * 6)
+        self.dispatcher.results.extend([Reply(b"1", None)] * 2)
+        response = self.both("POST", "x", b"[%b,7,%b]" % (CALL, NOTIFICATION))
+        self.assertEqual([each.get("result") for each in response.json], [1, None])
+
+    def test_refused_bodies(self):
+        for body, headers, status in (
+            (b"{", (), 400),
+            (b"\xff", (), 400),
+            (CALL, (("Content-Type", "text/plain"),), 415),
+            (CALL, (("Origin", "http://127.0.0.1"),), 403),
+            (b"x" * 8192, (), 413),
+        ):
+            self.assertEqual(self.both("POST", "x", body, headers).status, status)
+        self.assertEqual(self.both("POST", "x", b"x" * 8192).json["error"]["data"]["client"], "x")
+
+    def test_one_client(self):
+        self.endpoint.sessions.add("spiffe://acme/a+b")
+        response = self.both("GET", "spiffe:%2f%2Facme%2Fa+b")
+        self.assertEqual((response.status, response.json["client_id"]), (200, "spiffe://acme/a+b"))
+        self.assertEqual(self.both("GET", "y").json["error"], "not_connected")
+        self.assertEqual(self.both("DELETE", "y").json["error"], "not_connected")
+        head = self.endpoint.request("HEAD", "/v1/client?client_id=spiffe://acme/a+b")
+        self.assertEqual((head.status, head.body), (200, b""))
+        self.assertEqual(self.endpoint.request("DELETE", "/v1/client?client_id=spiffe://acme/a%2Bb").status, 204)
+        self.assertEqual(self.endpoint.sessions.clients, {})
+
+    def test_invalid_queries(self):
+        for query in (
+            *("", "?", "?client_id", "?client_id=", "?id=x", "?client_id=x&client_id=x", "?client_id=x&client%5Fid=y"),
+            *("?client_id=%", "?client_id=%ff", "?client_id=a%20b", "?client_id=a%252Fb", "?client_id=" + "a" * 129),
+            *("?client_id=.", "?client_id=%2E."),
+        ):
+            for method in ("GET", "DELETE"):
+                response = self.endpoint.request(method, "/v1/client" + query)
+                self.assertEqual((response.status, response.json["error"]), (400, "client_id"), query)
+            response = self.endpoint.request("POST", "/v1/rpc" + query, CALL)
+            self.assertEqual((response.status, response.json["error"]["code"], response.json["id"]), (400, -32600, 1))
+            self.assertIn("client_id", response.json["error"]["data"]["detail"])
+        self.assertEqual(self.dispatcher.calls, [])
+
+    def test_former_client_ids_are_not_called(self):
+        for raw in ("a//b", "a/../b", "/a", "a/", "spiffe:/a"):
+            self.assertEqual(self.endpoint.request("GET", f"/v1/client?client_id={raw}").status, 400)
+            self.assertEqual(self.endpoint.request("POST", f"/v1/rpc?client_id={raw}", CALL).status, 400)
+        self.assertEqual(self.dispatcher.calls, [])
 
 
 class PropertyTests(TestCase):

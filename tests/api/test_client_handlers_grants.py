@@ -21,12 +21,17 @@ ONLY_ACME = "this token is limited to client ids that begin with acme/"
 
 #: verb -> valid requests that need it: method, target and body
 REQUESTS_BY_VERB = {
-    "call": [("POST", "/v1/clients/acme/r/rpc", CALL)],
-    "notify": [("POST", "/v1/clients/acme/r/rpc", NOTIFICATION), ("POST", "/v1/clients?prefix=acme/", NOTIFICATION)],
+    "call": [("POST", "/v1/clients/acme/r/rpc", CALL), ("POST", "/v1/rpc?client_id=acme/r", CALL)],
+    "notify": [
+        ("POST", "/v1/clients/acme/r/rpc", NOTIFICATION),
+        ("POST", "/v1/rpc?client_id=acme/r", NOTIFICATION),
+        ("POST", "/v1/clients?prefix=acme/", NOTIFICATION),
+    ],
     "read": [
         ("GET", "/v1/clients", None),
         ("GET", "/v1/clients/acme/r", None),
         ("HEAD", "/v1/clients/acme/r", None),
+        ("GET", "/v1/client?client_id=acme/r", None),
         ("GET", "/v1/nodes", None),
         ("GET", "/metrics", None),
     ],
@@ -116,7 +121,7 @@ class VerbTests(GrantTestCase):
     def test_without_tokens_everything_is_allowed(self):
         endpoint = EndpointHarness(rebalancer=FakeRebalancer())
         endpoint.sessions.add("acme/r")
-        endpoint.dispatcher.results.append(Reply(b"1", None))
+        endpoint.dispatcher.results.extend([Reply(b"1", None)] * 2)
         for each in (*ALL_REQUESTS, *UNLIMITED_REQUESTS):
             self.assertLess(endpoint.request(*each).status, 300, each)
 
@@ -237,12 +242,7 @@ class PrefixTests(GrantTestCase):
             "beta%2Fr",
             "beta%2fr",
             "%62eta/r",
-            "/acme/r",
-            "//acme/r",
-            "%2Facme/r",
-            "./acme/r",
-            "../v1/clients/acme/r",
-            "beta/../acme/r",
+            "beta/acme/r",
             "acme",
             "ACME/r",
             "acme%3Ar",
@@ -257,14 +257,26 @@ class PrefixTests(GrantTestCase):
         self.assert_nothing_done()
 
     def test_dot_segments_are_not_resolved(self):
-        """They are part of the client_id, which still has the allowed prefix."""
-        for raw in ("acme/../beta/r", "acme/%2e%2e/beta/r", "acme//beta/r", "acme/./r"):
-            self.assertEqual(self.request("GET", f"/v1/clients/{raw}").status, 404, raw)
-            self.assertEqual(self.request("POST", f"/v1/clients/{raw}/rpc", CALL).status, 200)
-        self.assertEqual(
-            [each[0] for each in self.dispatcher.calls],
-            ["acme/../beta/r", "acme/../beta/r", "acme//beta/r", "acme/./r"],
-        )
+        for raw in (
+            *("acme/../beta/r", "acme/%2e%2e/beta/r", "acme//beta/r", "acme/./r", "/acme/r", "//acme/r", "%2Facme/r"),
+            *("./acme/r", "../v1/clients/acme/r", "beta/../acme/r"),
+        ):
+            self.assertEqual(self.request("GET", f"/v1/clients/{raw}").status, 400, raw)
+            self.assertEqual(self.request("DELETE", f"/v1/clients/{raw}").status, 400, raw)
+            self.assertEqual(self.request("POST", f"/v1/clients/{raw}/rpc", CALL).status, 400, raw)
+        self.assert_nothing_done()
+
+    def test_client_id_in_the_query(self):
+        for target in ("?client_id=beta/r", "?client_id=beta%2Fr", "?client_id=beta//r"):
+            if "//" not in target:
+                self.assert_forbidden(self.request("GET", "/v1/client" + target))
+                self.assert_forbidden(self.request("POST", "/v1/rpc" + target, CALL))
+            self.assert_forbidden(self.request("DELETE", "/v1/client" + target))
+        self.assert_nothing_done()
+        self.assertEqual(self.request("DELETE", "/v1/client?client_id=acme/r").status, 204)
+        self.limit("acme/", ("call", "read"))
+        self.assert_forbidden(self.request("DELETE", "/v1/client?client_id=acme/r"))
+        self.assert_nothing_done()
 
     def test_invalid_ids(self):
         for raw in ("acme%252Fr", "acme/%", "acme/%00", "acme/r%0d%0a", "acme/%ff", "acme/\xe9", ".."):

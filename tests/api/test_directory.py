@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
@@ -204,6 +206,17 @@ class DisconnectTests(TestCase):
     def test_unknown_client_is_not_disconnected(self):
         self.assertEqual(self.endpoint.request("DELETE", "/v1/clients/x").status, 404)
 
+    def test_row_of_a_former_client_id(self):
+        """204 if the row is gone, although no client was connected."""
+        self.endpoint.registry.add("a//b", NODE_ID)
+        self.endpoint.registry.add("a/b", NODE_ID)
+        self.assertEqual(self.endpoint.request("DELETE", "/v1/clients/a%2F%2Fb").status, 400)
+        self.assertEqual(self.endpoint.request("GET", "/v1/clients?after=a//").json["clients"][0]["client_id"], "a//b")
+        self.assertEqual(self.endpoint.request("GET", "/v1/client?client_id=a//b").status, 400)
+        self.assertEqual(self.endpoint.request("DELETE", "/v1/client?client_id=a//b").status, 204)
+        self.assertEqual(list(self.endpoint.registry.rows), ["a/b"])
+        self.assertEqual(self.endpoint.request("DELETE", "/v1/client?client_id=a//b").status, 404)
+
     def test_remote_client_without_peers(self):
         self.endpoint.registry.add("x")
         response = self.endpoint.request("DELETE", "/v1/clients/x")
@@ -236,6 +249,20 @@ class DisconnectRemoteTests(TestCase):
         result.callback(True)
         self.assertEqual(connection.responses()[0].status, 204)
         self.assertEqual(self.peers.requests, [self.closed()])
+
+    def test_former_client_id(self):
+        """A node of an earlier release has the client; another node has only its row, and removes it."""
+        for closed, removed, status in ((True, True, 204), (False, True, 204), (False, False, 404)):
+            self.registry.add("a/../b")
+            self.peers.requests.clear()
+            self.peers.results = deque([result := Deferred(), False])
+            connection = self.endpoint.connect()
+            connection.send(request("DELETE", "/v1/client?client_id=a/../b"))
+            if removed:
+                self.registry.rows.clear()
+            result.callback(closed)
+            self.assertEqual(connection.responses()[0].status, status)
+            self.assertEqual(self.peers.requests[0][:4], ("close", OTHER_ID, "a/../b", 9))
 
     def test_local_client(self):
         self.sessions.add("x")

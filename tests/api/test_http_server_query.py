@@ -10,9 +10,8 @@ from twisted.trial.unittest import TestCase
 
 from gateway.api.errors import BadRequestError
 from gateway.api.http_server import Query, parse_client_id, parse_seconds, percent_decode, rpc_client_id
-from gateway.auth.interface import is_client_id
-
-_ids = st.text("AZaz09._:@/+=-", min_size=1, max_size=128).filter(lambda text: text not in (".", ".."))
+from gateway.protocol.client_id import is_client_id, is_former_client_id
+from tests.builders.client_ids import client_id_parts, client_ids
 
 
 class QueryTests(TestCase):
@@ -41,6 +40,13 @@ class QueryTests(TestCase):
             (b"/v1/clients/%/rpc", None),
             (b"/v1/clients/a", None),
             (b"/v1/nodes/a/rpc", None),
+            (b"/v1/clients/a//b/rpc", None),
+            (b"/v1/clients/a/rpc?client_id=b", "a"),
+            (b"/v1/rpc?timeout=1&client_id=a%2Fb", "a/b"),
+            (b"/v1/rpc?client_id=a&client_id=a", None),
+            (b"/v1/rpc?client_id=", None),
+            (b"/v1/rpc", None),
+            (b"/v1/client?client_id=a", None),
         ):
             self.assertEqual(rpc_client_id(path), client)
 
@@ -66,13 +72,41 @@ class QueryTests(TestCase):
             with self.assertRaises(BadRequestError, msg=bad):
                 parse_seconds("t", bad)
 
-    @given(_ids)
+    @given(client_ids)
     @settings(deadline=None)
     def test_encoded_ids_round_trip(self, text):
         self.assertTrue(is_client_id(text))
         self.assertEqual(parse_client_id(quote(text, safe="").encode("ascii")), text)
         self.assertEqual(parse_client_id(text.encode("ascii")), text)
         self.assertEqual(Query(b"after=" + text.encode("ascii")).get_client_id_part("after"), text)
+        for encoded in (text, quote(text, safe="")):
+            self.assertEqual(Query(b"client_id=" + encoded.encode("ascii")).get_client_id(), text)
+
+    def test_client_id(self):
+        for raw in (
+            b"",
+            b"client_id",
+            b"client_id=",
+            b"client_id=a&client_id=a",
+            b"client_id=a&client%5fid=b",
+            b"id=a",
+        ):
+            for or_former in (False, True):
+                with self.assertRaises(BadRequestError) as caught:
+                    Query(raw).get_client_id(or_former=or_former)
+                self.assertEqual(caught.exception.word, "client_id")
+        self.assertEqual(Query(b"client_id=a+b&timeout=5").get_client_id(), "a+b")
+
+    @given(client_id_parts)
+    @settings(deadline=None)
+    def test_former_client_ids(self, text):
+        query = Query(b"client_id=" + quote(text, safe="/").encode("ascii"))
+        if not is_client_id(text):
+            self.assertRaises(BadRequestError, query.get_client_id)
+        if is_client_id(text) or is_former_client_id(text):
+            self.assertEqual(query.get_client_id(or_former=True), text)
+        else:
+            self.assertRaises(BadRequestError, query.get_client_id, or_former=True)
 
     @given(st.binary(max_size=40))
     @settings(max_examples=300, deadline=None)

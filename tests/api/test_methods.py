@@ -263,7 +263,7 @@ class PrefixTests(GrantTestCase):
         self.assertEqual(received, [received[0]] * 4)
 
     def test_similar_ids(self):
-        for client in ("acme", "Acme/r", "/acme/r", "beta/acme/r", "a", "acme.r", "beta/../acme/r"):
+        for client in ("acme", "Acme/r", "beta/acme/r", "a", "acme.r"):
             for method in ("client.call", "client.notify"):
                 self.assertEqual(self.assert_forbidden(method, {"client": client, "method": "m"}, client), ONLY_ACME)
         for client in (
@@ -272,6 +272,10 @@ class PrefixTests(GrantTestCase):
             "acme/ ",
             "acme/\0",
             "acme%2Fr",
+            "/acme/r",
+            "beta/../acme/r",
+            "acme//r",
+            "acme/",
             "acme/\u00e9",
             ["acme/r"],
             {"acme/": 1},

@@ -459,6 +459,14 @@ class NodeTests(PeerConnectionTestCase):
         self.assertEqual(self.close(7), [False])
         self.assertEqual(self.sessions.closed, [("x", 4003, "why")])
 
+    def test_close_of_a_former_client_id(self):
+        """The registry has a row that an operator removes."""
+        self.endpoint.registry.add("a//b", NODE_ID, 9)
+        params = {"client": "a//b", "generation": 9, "code": 4003, "reason": ""}
+        self.assertIs(self.result("peer.close", params), False)
+        self.assertEqual(self.endpoint.registry.rows, {})
+        self.assertEqual(self.request("peer.close", {**params, "client": "a b"})["error"]["code"], -32602)
+
     def test_close_with_1012_sends_goaway(self):
         """The peer that relays the client drains: the client is to reconnect."""
         params = {"client": "x", "generation": 7, "code": 1012, "reason": "drain"}

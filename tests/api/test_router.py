@@ -40,6 +40,9 @@ class RoutingTableTests(TestCase):
             ("DELETE", "/v1/clients", {"GET", "HEAD", "POST"}),
             ("POST", "/v1/clients/x", {"GET", "HEAD", "DELETE"}),
             ("PUT", "/v1/clients/x/rpc", {"GET", "HEAD", "DELETE", "POST"}),
+            ("POST", "/v1/client?client_id=x", {"GET", "HEAD", "DELETE"}),
+            ("GET", "/v1/rpc?client_id=x", {"POST"}),
+            ("DELETE", "/v1/rpc?client_id=x", {"POST"}),
             ("GET", f"/v1/nodes/{NODE_ID}/drain", {"POST"}),
             ("OPTIONS", "/v1/nodes", {"GET", "HEAD"}),
             ("get", "/healthz", {"GET", "HEAD"}),
@@ -56,6 +59,31 @@ class RoutingTableTests(TestCase):
     def test_client_id_ends_in_rpc(self):
         self.endpoint.sessions.add("a/rpc")
         self.assertEqual(self.endpoint.request("GET", "/v1/clients/a/rpc").json["client_id"], "a/rpc")
+        self.assertEqual(self.endpoint.request("DELETE", "/v1/clients/a/rpc").status, 204)
+
+    def test_path_for_calls_is_not_the_client(self):
+        """A client that is connected is not "not connected"."""
+        for client_id in ("agent-7", "a" * 128):
+            self.endpoint.sessions.add(client_id)
+            for method in ("GET", "HEAD", "DELETE"):
+                response = self.endpoint.request(method, f"/v1/clients/{client_id}/rpc")
+                self.assertEqual((response.status, response.headers["allow"]), (405, "POST"), method)
+                if method != "HEAD":
+                    self.assertEqual(response.json["error"], "method")
+                    self.assertIn(f"the client itself is at '/v1/clients/{client_id[:40]}", response.json["message"])
+        self.assertEqual(len(self.endpoint.sessions.clients), 2)
+
+    def test_slash_at_the_end(self):
+        self.endpoint.sessions.add("agent-7")
+        for method, path, right in (
+            ("GET", "/v1/clients/agent-7/", "/v1/clients/agent-7"),
+            ("DELETE", "/v1/clients/agent-7//", "/v1/clients/agent-7"),
+            ("POST", "/v1/clients/agent-7/rpc/", "/v1/clients/agent-7/rpc"),
+        ):
+            response = self.endpoint.request(method, path)
+            self.assertEqual((response.status, response.json["error"]), (404, "path"), path)
+            self.assertEqual(response.json["message"], f"a path does not end in /; use '{right}'")
+        self.assertEqual(list(self.endpoint.sessions.clients), ["agent-7"])
 
     def test_head(self):
         self.endpoint.sessions.add("x")
@@ -82,10 +110,10 @@ class PropertyTests(TestCase):
 
     @given(
         st.sampled_from(["GET", "POST", "DELETE", "HEAD", "PATCH"]),
-        st.sampled_from(["/v1/clients/", "/v1/clients", "/v1/nodes/", "/v1/", "/"]) | segment,
+        st.sampled_from(["/v1/clients/", "/v1/clients", "/v1/rpc", "/v1/client", "/v1/nodes/", "/v1/", "/"]) | segment,
         segment,
         st.sampled_from(["", "/rpc", "/drain", "/"]),
-        st.sampled_from(["", "?", "?timeout=", "?limit=", "?after=", "?prefix=", "?node="]),
+        st.sampled_from(["", "?", "?timeout=", "?limit=", "?after=", "?prefix=", "?node=", "?client_id="]),
         segment,
         st.binary(max_size=30)
         | any_json.map(msgspec.json.encode)

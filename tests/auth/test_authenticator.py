@@ -23,7 +23,7 @@ from gateway.auth.errors import (
     TicketRefusedError,
     TokenRefusedError,
 )
-from gateway.auth.interface import AuthMethod, Credentials, IAuthenticator, Identity, ITokenVerifier, is_client_id
+from gateway.auth.interface import AuthMethod, Credentials, IAuthenticator, Identity, ITokenVerifier
 from gateway.auth.tickets import Tickets
 from gateway.auth.token_file import TokenFile
 from gateway.metrics import Metrics
@@ -108,18 +108,6 @@ class AuthenticatorChainTest(SynchronousTestCase):
         error = self.assertRaises(ConfigError, auth.reload)
         problem = "cannot be read: No such file or directory"
         self.assertEqual(str(error), f"--auth: {first} {problem}; {second} {problem}")
-
-
-class ClientIdTest(SynchronousTestCase):
-    """is_client_id()"""
-
-    def test_valid(self) -> None:
-        for text in ("a", "A-Z_0.9:@/+=-", "x" * 128, "...", "a/../b"):
-            self.assertTrue(is_client_id(text), text)
-
-    def test_invalid(self) -> None:
-        for text in ("", ".", "..", "x" * 129, "a b", "a\n", "\xe9", "a%", "a?", "a#", "\u0661"):
-            self.assertFalse(is_client_id(text), text)
 
 
 class FakeVerifier:

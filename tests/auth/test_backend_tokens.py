@@ -120,6 +120,19 @@ class BackendTokensTest(SynchronousTestCase):
             assert grant is not None, token
             self.assertEqual((grant.prefix, grant.verbs, grant.is_limited), (prefix, frozenset(verbs), limited), token)
 
+    def test_prefix_of_no_client_id(self) -> None:
+        """It is named, and the other tokens work."""
+        path = self.write("one prefix=/acme/\ntwo prefix=acme/\nthree prefix=spiffe://acme/\n")
+        os.chmod(path, 0o600)
+        with capturedLogs() as logs:
+            tokens = BackendTokens(path)
+        self.assertTrue(all(tokens.grant(token) for token in ("one", "two", "three")))
+        lines = [event["log_format"].format(**event) for event in logs]
+        named = (
+            f"--backend-token-file: {path}: 1 line is without effect: line 1 (prefix=/acme/): no client_id begins so"
+        )
+        self.assertEqual(lines, [named])
+
     def test_bad_limits(self) -> None:
         for words, problem in (
             ("prefix=", "prefix= is how client ids begin: 1 to 128"),

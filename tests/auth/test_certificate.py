@@ -31,7 +31,13 @@ class IdentityTests(SynchronousTestCase):
 
     def test_a_name_that_is_no_client_id(self) -> None:
         """A later name that is a client_id is not used."""
-        for name in (DNSName("*.example.com"), UniformResourceIdentifier("urn:a?b"), DNSName("a" * 129), DNSName(".")):
+        for name in (
+            DNSName("*.example.com"),
+            UniformResourceIdentifier("urn:a?b"),
+            DNSName("a" * 129),
+            DNSName("."),
+            UniformResourceIdentifier("https://acme/"),
+        ):
             problem = self.refused(certificate(name, DNS))
             self.assertEqual(problem, "the first DNS name or URI of this client certificate is not a client_id")
 

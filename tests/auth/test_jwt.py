@@ -218,7 +218,8 @@ class ClaimsTests(JwtTestCase):
 
     def test_subject(self) -> None:
         self.assertEqual(self.identity(sub="acme/robot@7"), Identity("acme/robot@7"))
-        for sub in ("", ".", "..", "a b", "x" * 129, "a\n", "\xe9", 7, True, ["a"], {"a": "b"}):
+        self.assertEqual(self.identity(sub="spiffe://acme/robot/7"), Identity("spiffe://acme/robot/7"))
+        for sub in ("", ".", "..", "a b", "a//b", "a/../b", "x" * 129, "a\n", "\xe9", 7, True, ["a"], {"a": "b"}):
             self.assertIsNone(verify(self.make(SECRET, "HS256"), self.odd(sub=sub)), sub)
         self.assertIsNone(self.identity(sub=None))
 

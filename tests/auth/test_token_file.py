@@ -92,6 +92,26 @@ class TokenFileTest(SynchronousTestCase):
         self.assert_problem(good + f"b {digest('one')}", "line 2: b has the same token as a")
         self.assert_problem(b"a \xff", "UTF-8")
 
+    def test_former_client_ids(self) -> None:
+        """The lines are named, and the others work."""
+        path = self.write(f"a//b {digest('one')}\na/b {digest('two')}\n\n/x {digest('three')}\n")
+        with capturedLogs() as logs:
+            tokens = TokenFile(path)
+        self.assertEqual([subject(tokens, token) for token in ("one", "two", "three")], [None, "a/b", None])
+        (line,) = [event["log_format"].format(**event) for event in logs]
+        self.assertTrue(line.startswith(f"--auth: tokens:{path}: 2 lines are without effect: line 1 (a//b), 4 (/x): "))
+        with capturedLogs() as logs:
+            tokens.reload()
+        self.assertEqual(len(logs), 1)
+        self.assert_problem("a//b nothex", "line 1: the SHA-256 of the token is not 64 hexadecimal digits")
+
+    def test_many_former_client_ids(self) -> None:
+        with capturedLogs() as logs:
+            TokenFile(self.write(f"a {digest('one')}\n" + "".join(f"a// {digest(str(i))}\n" for i in range(12))))
+        (line,) = [event["log_format"].format(**event) for event in logs]
+        self.assertIn("12 lines are without effect: line 2 (a//), ", line)
+        self.assertIn(", 11 (a//) and 2 more: ", line)
+
     def test_unreadable(self) -> None:
         for path in (self.mktemp(), os.curdir):
             error = self.assertRaises(ConfigError, TokenFile, path)

@@ -17,13 +17,15 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides, providedBy
 
 from gateway.auth.authenticator import AuthenticatorChain
-from gateway.auth.interface import TICKET_METHODS, AuthMethod, Identity, is_client_id
+from gateway.auth.interface import TICKET_METHODS, AuthMethod, Identity
 from gateway.auth.tickets import Tickets
 from gateway.clients.endpoint import MAX_ADDRESS, RelayedClientFactory, parse_client_id, parse_relay_query, parse_ticket
 from gateway.net.proxy_protocol import ProxyProtocolFactory
+from gateway.protocol.client_id import is_client_id
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import parse_request
 from gateway.websocket.handshake_limiter import HEALTH_CHECKS_PER_SECOND, MAX_POSTPONED_REFUSALS
+from tests.builders.client_ids import client_ids
 from tests.builders.frames import build_request, text_frame
 from tests.builders.sockets import read_available
 from tests.fakes.clients import FakeClient, FakeNode, FakeTransport
@@ -42,6 +44,7 @@ class ClientIdTest(SynchronousTestCase):
             ("client%5Fid=a", "a"),
             ("client_id=" + "x" * 128, "x" * 128),
             ("client_id=...", "..."),
+            ("client_id=spiffe:%2F%2Facme%2Frobot%2F7", "spiffe://acme/robot/7"),
             ("other=%zz&client_id=a", "a"),
             ("client_id=a&token=t&access_token=t", "a"),
         ):
@@ -58,6 +61,12 @@ class ClientIdTest(SynchronousTestCase):
             "client_id=.",
             "client_id=..",
             "client_id=%2e%2E",
+            "client_id=a//b",
+            "client_id=a%2F..%2Fb",
+            "client_id=a/./b",
+            "client_id=a/",
+            "client_id=%2fa",
+            "client_id=spiffe:/acme/robot/7",
             "client_id=" + "x" * 129,
             "client_id=a b",
             "client_id=a%20b",
@@ -761,7 +770,7 @@ class ParseRelayQueryTest(SynchronousTestCase):
             self.assertTrue(address.isprintable() and 0 < len(address) <= MAX_ADDRESS)
             self.assertGreaterEqual(when, 0)
 
-    @given(st.from_regex(r"[A-Za-z0-9._:@/+=-]{3,128}", fullmatch=True), st.from_regex(r"[!-~]{1,128}", fullmatch=True))
+    @given(client_ids, st.from_regex(r"[!-~]{1,128}", fullmatch=True))
     def test_round_trip(self, client_id: str, address: str) -> None:
         query = f"client_id={quote(client_id, safe='')}&address={quote(address, safe='')}&until=0"
         self.assertEqual(parse_relay_query(query), (client_id, address, 0, 0))

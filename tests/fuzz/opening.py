@@ -23,9 +23,10 @@ from autobahn.websocket.protocol import parseHttpHeader
 
 from gateway.auth.bearer import BASE64_PREFIX, PREFIX, decode_bearer64
 from gateway.auth.errors import IdentityMismatchError, TokenRefusedError
-from gateway.auth.interface import Credentials, Identity, is_client_id
+from gateway.auth.interface import Credentials, Identity
 from gateway.clients.endpoint import extract_token
 from gateway.clients.health_check import health_response
+from gateway.protocol.client_id import is_client_id
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, encode_refusal, find_request_head, parse_request
 from gateway.protocol.jsonrpc import SUBPROTOCOL

