@@ -11,7 +11,7 @@ FUZZ_SECONDS ?= 600
 SIMULATE_MINUTES ?= 10
 SEED ?= 1
 
-.PHONY: help setup test lint unit integration servers chaos simulate hostile fuzz conformance bench docs demo tap.cfg \
+.PHONY: help setup test lint unit integration proxies servers chaos simulate hostile fuzz conformance bench docs demo tap.cfg \
 	changelog clean
 
 define HELP
@@ -25,6 +25,7 @@ Test
   make lint         check format, style, types and news fragments
   make unit         run the unit tests under trial
   make integration  run the integration tests, with real processes and sockets, under pytest
+  make proxies      run the integration tests with real proxies alone: haproxy, nginx, Apache
   make servers      check that the servers the tests start are installed; as root, install them
   make conformance  run the Autobahn test suite; needs CPython 2.7 (PYTHON27=/path/to/python2.7)
 
@@ -68,6 +69,11 @@ lint: setup
 
 unit: setup servers
 	$(BIN)/python -m twisted.trial --jobs=2 --reporter=text --temp-directory=_trial_temp tests
+
+# Also part of `make integration`.
+proxies: setup servers
+	$(BIN)/python -m pytest tests/integration/test_haproxy.py tests/integration/test_pooling_proxy.py \
+	    tests/integration/test_client_ids.py
 
 integration: setup servers
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
