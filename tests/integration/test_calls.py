@@ -290,7 +290,8 @@ async def test_too_many_calls_to_one_client(start: Callable[..., Node]) -> None:
         asked = [json.loads(await client.recv()) for _ in range(2)]
         refused = await node.call("busy", "echo")
         assert refused.status == 429
-        assert refused.json["error"]["data"] == {"client": "busy", "sent": False}
+        detail = "too many calls to the client in flight (--max-calls-per-client 2)"
+        assert refused.json["error"]["data"] == {"client": "busy", "sent": False, "detail": detail}
         for request in asked:
             await client.send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": 1}))
         assert [(await call).status for call in calls] == [200, 200]

@@ -112,7 +112,7 @@ METHODS: Cases = {
     "absolute form, elsewhere": (request("GET", "http://evil.example/v1/nodes"), "404 path"),
     "authority form": (request("CONNECT", "evil.example:443"), "404 path"),
     "asterisk form": (request("OPTIONS", "*"), "404 path"),
-    "dots": (request("GET", "/v1/clients/../nodes"), "404 not_connected"),
+    "dots": (request("GET", "/v1/clients/../nodes"), "400 client_id"),
     "an escape in the path": (request("GET", "/v1/%6eodes"), "404 path"),
     "a NUL in the path": (request("GET", "/v1/clients/%00"), "400 client_id"),
     "a line break in the path": (request("GET", "/v1/clients/%0d%0aa"), "400 client_id"),
