@@ -429,6 +429,8 @@ class Statements:
             if lost_commits or not self._clock.is_live(row[1], now):
                 lease_lost.append(True)
             self._floor.raise_to(max(self._clock.horizon(now, sent_at), read_max_generation(cursor)))
+            # The clock may be behind by less at the next claim.
+            self._floor.is_ahead_of(now)
             if exists:
                 cursor.execute(
                     "UPDATE nodes SET state = ?, clients = ?, heartbeat_at = ?, max_generation = ? WHERE id = ?",

@@ -174,6 +174,17 @@ class GenerationTests(ClockCase):
         generations += [self.claim_and_release(node) for node in (self.b, self.c, self.a)]
         self.assertEqual(generations, sorted(set(generations)))
 
+    def test_clock_that_has_almost_caught_up(self) -> None:
+        """A node that claims nothing meanwhile knows from its heartbeats that the clock is behind."""
+        self.heartbeats(LEASE)
+        self.offset -= 6.0
+        self.heartbeats(HEARTBEAT)
+        given = self.claim_and_release(self.a)
+        while EPOCH + round((self.clock.seconds() + self.offset) * 1e6) < given - 500_000:
+            self.clock.advance(0.1)
+        self.result_of(self.b.heartbeat("up", 0))
+        self.assertGreater(self.claim_and_release(self.b), given)
+
     def test_node_that_joins_after_a_step_back(self) -> None:
         before = self.claim_and_release(self.a)
         self.heartbeats(HEARTBEAT)
