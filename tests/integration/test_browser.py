@@ -6,7 +6,9 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -84,11 +86,14 @@ class Browser:
             *("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
             *(f"--user-data-dir={self._folder / 'chromium'}", "--remote-debugging-port=0", self.origin),
         ]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             return await asyncio.to_thread(self._seen.get, timeout=3 * TIMEOUT)
         finally:
-            process.kill()
+            # With all of its child processes.
+            os.killpg(process.pid, signal.SIGKILL)
             await asyncio.to_thread(process.wait)
 
 
