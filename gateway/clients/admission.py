@@ -43,9 +43,9 @@ REPLACEMENT_WINDOW = 60.0
 #: claims of one request, if the client moves meanwhile; the last one ignores the owner
 MAX_CLAIM_ATTEMPTS = 3
 #: time in which the connection of a client that is replaced too often must answer a ping, in seconds
-HOLDER_PING_TIMEOUT = 2.0
+PROBE_TIMEOUT = 2.0
 #: interval at which the answer is looked for, in seconds
-HOLDER_POLL_INTERVAL = 0.1
+PROBE_INTERVAL = 0.1
 
 #: why the node is not ready -> message to the client, and the seconds of ``Retry-After``
 _UNREADY_MESSAGES = {
@@ -172,15 +172,15 @@ class Admission:
         """Abort the connection of a client that was replaced too often, unless it answers a ping: one program on a bad
         line must not be taken for two."""
         session = self._table.get(client_id)
-        connection = None if session is None else session.connection
-        if connection is None:
+        if session is None or session.connection is None:
             return
-        received_at = connection.last_received_at
-        deadline = self._clock.seconds() + HOLDER_PING_TIMEOUT
+        connection, received_at = session.connection, session.connection.last_received_at
+        deadline = self._clock.seconds() + PROBE_TIMEOUT
         connection.ping()
         while self._clock.seconds() < deadline:
-            await deferLater(self._clock, HOLDER_POLL_INTERVAL)
-            if session is None or session.connection is not connection or connection.last_received_at != received_at:
+            await deferLater(self._clock, PROBE_INTERVAL)
+            # Nothing is read from a client that is slowed.
+            if session.paused or session.connection is not connection or connection.last_received_at != received_at:
                 return
         connection.abort()
 

@@ -545,6 +545,18 @@ class ReplacementTest(SynchronousTestCase):
             clients.append(client)
         self.assertEqual(self.node.sessions.count(), 1)
 
+    def test_slowed_connection_is_not_taken_for_dead(self) -> None:
+        """Its answer is not read."""
+        self.node = FakeNode(messages_per_client=1)
+        clients = [self.node.connect("a") for _ in range(6)]
+        clients[-1].send(text_frame(b"{}") * 60)
+        self.assertTrue(clients[-1].transport.paused)
+        client = self.node.dial()
+        client.send(build_request())
+        self.node.advance(2.5)
+        self.assertEqual(client.refusal()[:2], (429, "replaced"))
+        self.assertFalse(clients[-1].transport.aborted)
+
     def test_too_often(self) -> None:
         """Two programs with one client_id would evict each other without end."""
         clients = [self.node.connect("a") for _ in range(6)]
